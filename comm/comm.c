@@ -1,0 +1,187 @@
+/* Communicators by name, checked wrappers over the table, and what is built from them alone:
+ * gather, agree, same.
+ *
+ * Owns the count of received bytes, so that every communicator counts alike: payload of bcast,
+ * all_gather, all_to_all and gather that came from other ranks, counted when the call succeeded.
+ * Agreement and reductions are not payload.  Knows no MPI; whether that half was built is the one
+ * conditional here.  Nothing below allocates. */
+#include "comm.h"
+#include "tensor.h"
+
+#include <stdio.h>
+#include <string.h>
+
+enum { ERROR_TEXT_BYTES = 1024 }; /* what ifkv_fail keeps */
+
+#if IFKV_HAVE_MPI
+#define MPI_OPEN ifkv_comm_mpi_open
+#else
+static ifkv_status no_mpi_open(ifkv_comm **comm_p) {
+    (void)comm_p;
+    return IFKV_FAIL(IFKV_ERR_UNSUPPORTED, IFKV_E_COMM,
+                     "communicator mpi: this ifkv was built without MPI");
+}
+#define MPI_OPEN no_mpi_open
+#endif
+
+static ifkv_status thread_open(ifkv_comm **comm_p) {
+    (void)comm_p;
+    return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_COMM,
+                     "communicator thread: exists only inside ifkv_comm_thread_run");
+}
+
+static const struct {
+    const char *name;
+    ifkv_status (*open)(ifkv_comm **comm_p);
+} communicators[] = {
+    {"self", ifkv_comm_self_open},
+    {"thread", thread_open},
+    {"mpi", MPI_OPEN},
+};
+
+ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p) {
+    IFKV_REQUIRE(name && comm_p, IFKV_ERR_USAGE, IFKV_E_COMM, "communicator: name or result NULL");
+    for (size_t i = 0; i < sizeof communicators / sizeof *communicators; i++)
+        if (!strcmp(name, communicators[i].name)) return communicators[i].open(comm_p);
+    char quoted[IFKV_QUOTE_BYTES];
+    return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_COMM, "communicator: got \"%s\", expected self or mpi",
+                     ifkv_quote(name, strlen(name), quoted));
+}
+
+void ifkv_comm_close(ifkv_comm *comm) {
+    if (comm) comm->ops->close(comm);
+}
+
+int ifkv_comm_rank(const ifkv_comm *comm) {
+    return comm->rank;
+}
+
+int ifkv_comm_size(const ifkv_comm *comm) {
+    return comm->size;
+}
+
+const char *ifkv_comm_name(const ifkv_comm *comm) {
+    return comm->ops->name;
+}
+
+int ifkv_comm_node_size(const ifkv_comm *comm) {
+    return comm->ops->node_size(comm);
+}
+
+void ifkv_comm_abort(ifkv_comm *comm, ifkv_status status) {
+    comm->ops->abort(comm, status);
+}
+
+ifkv_status ifkv_comm_barrier(ifkv_comm *comm) {
+    return comm->ops->barrier(comm);
+}
+
+ifkv_status ifkv_comm_bcast(ifkv_comm *comm, void *data, size_t bytes, int root) {
+    IFKV_REQUIRE(comm && (data || !bytes), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "bcast: communicator or buffer NULL");
+    IFKV_REQUIRE(root >= 0 && root < comm->size, IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "bcast: root: got %d, expected 0 to %d", root, comm->size - 1);
+    IFKV_TRY(comm->ops->bcast(comm, data, bytes, root));
+    if (comm->rank != root) comm->bytes_received += (int64_t)bytes;
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_comm_gather(ifkv_comm *comm, const void *send, size_t bytes, void *recv) {
+    IFKV_REQUIRE(comm && ((send && recv) || !bytes), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "gather: communicator or buffer NULL");
+    const size_t size = (size_t)comm->size, rank = (size_t)comm->rank;
+    uint64_t all;
+    IFKV_REQUIRE(!ifkv_mul_overflow(size, bytes, &all) && all <= SIZE_MAX, IFKV_ERR_USAGE,
+                 IFKV_E_VALUE, "gather: %zu pieces of %zu bytes exceed the address space", size,
+                 bytes);
+    char *to = recv;
+    if (bytes) memmove(to + rank * bytes, send, bytes);
+    /* One bcast a rank: slower than all_gather by a few latencies, but needs no arrays of counts,
+     * whose allocation could fail on one rank while the others already wait. */
+    for (size_t r = 0; r < size; r++) {
+        IFKV_TRY(comm->ops->bcast(comm, bytes ? to + r * bytes : to, bytes, (int)r));
+        if (r != rank) comm->bytes_received += (int64_t)bytes;
+    }
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_comm_all_gather(ifkv_comm *comm, const void *send, void *recv, const size_t *bytes,
+                                 const size_t *offset) {
+    IFKV_TRY(comm->ops->all_gather(comm, send, recv, bytes, offset));
+    for (int r = 0; r < comm->size; r++)
+        if (r != comm->rank) comm->bytes_received += (int64_t)bytes[r];
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_comm_all_to_all(ifkv_comm *comm, const void *send, const size_t *send_bytes,
+                                 const size_t *send_offset, void *recv, const size_t *recv_bytes,
+                                 const size_t *recv_offset) {
+    IFKV_TRY(
+        comm->ops->all_to_all(comm, send, send_bytes, send_offset, recv, recv_bytes, recv_offset));
+    for (int r = 0; r < comm->size; r++)
+        if (r != comm->rank) comm->bytes_received += (int64_t)recv_bytes[r];
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_comm_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op) {
+    return comm->ops->all_reduce_i64(comm, value, n, op);
+}
+
+ifkv_status ifkv_comm_same(ifkv_comm *comm, uint64_t value, const char *what) {
+    /* The minimum of ~value is ~maximum: one reduction gives both ends. */
+    int64_t ends[2] = {(int64_t)value, (int64_t)~value};
+    IFKV_TRY(comm->ops->all_reduce_i64(comm, ends, 2, IFKV_REDUCE_MIN));
+    const uint64_t low = (uint64_t)ends[0], high = ~(uint64_t)ends[1];
+    if (low == high) return IFKV_OK;
+    IFKV_FAIL(IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
+              "ranks disagree on %s: rank %d has %016llx, others from %016llx to %016llx", what,
+              comm->rank, (unsigned long long)value, (unsigned long long)low,
+              (unsigned long long)high);
+    ifkv_error_share(0);
+    return IFKV_ERR_INTERNAL;
+}
+
+/* An error as it travels: fixed size, so that the receiver needs no second message. */
+typedef struct error_note {
+    int32_t status, code;
+    char text[ERROR_TEXT_BYTES];
+} error_note;
+
+/* This thread's last error if it is the one that `status` stands for, else a note without a text.
+ */
+static error_note note_of(ifkv_status status) {
+    error_note note;
+    memset(&note, 0, sizeof note);
+    note.status = (int32_t)status;
+    const ifkv_error *error = ifkv_last_error();
+    if (status != IFKV_OK && error->status == status) {
+        note.code = error->code;
+        snprintf(note.text, sizeof note.text, "%s", error->text);
+    } else {
+        snprintf(note.text, sizeof note.text, "%s", ifkv_status_name(status));
+    }
+    return note;
+}
+
+ifkv_status ifkv_comm_agree(ifkv_comm *comm, ifkv_status status, int *rank_p) {
+    IFKV_REQUIRE(comm, IFKV_ERR_USAGE, IFKV_E_VALUE, "agree: communicator NULL");
+    const error_note mine = note_of(status);
+    error_note first = mine;
+    int64_t lowest = status == IFKV_OK ? comm->size : comm->rank;
+    ifkv_status moved = comm->ops->all_reduce_i64(comm, &lowest, 1, IFKV_REDUCE_MIN);
+    if (moved == IFKV_OK && lowest < comm->size)
+        moved = comm->ops->bcast(comm, &first, sizeof first, (int)lowest);
+    if (moved != IFKV_OK) {
+        /* Nobody can be told.  A rank that failed by itself keeps its own cause, which says more
+         * than that the peers are gone. */
+        if (rank_p) *rank_p = status == IFKV_OK ? -1 : comm->rank;
+        if (status == IFKV_OK) return moved;
+        return IFKV_FAIL(status, mine.code, "%s", mine.text);
+    }
+    if (rank_p) *rank_p = lowest < comm->size ? (int)lowest : -1;
+    if (lowest == comm->size) return IFKV_OK;
+    if (lowest != comm->rank)
+        IFKV_FAIL((ifkv_status)first.status, first.code, "%.*s", (int)sizeof first.text - 1, first.text);
+    ifkv_error_share((int)lowest);
+    return (ifkv_status)first.status;
+}

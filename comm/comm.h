@@ -1,0 +1,67 @@
+/* Movement between ranks: the table every communicator fills, and checked wrappers.
+ *
+ * Owns order and sizes, knows nothing of what the bytes mean.  Every rank makes the same calls in
+ * the same order with sizes that fit each other, zero bytes included.  All are Collective and
+ * blocking unless marked; buffers are host memory, borrowed. A communicator in which a rank called
+ * `abort`, or whose library failed, returns IFKV_ERR_PEER from then on. */
+#ifndef IFKV_COMM_COMM_H
+#define IFKV_COMM_COMM_H
+
+#include "status.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum ifkv_reduce { IFKV_REDUCE_MIN, IFKV_REDUCE_MAX, IFKV_REDUCE_SUM } ifkv_reduce;
+
+typedef struct ifkv_comm_ops {
+    const char *name; /* "self", "thread", "mpi" */
+    void (*close)(ifkv_comm *comm);
+    ifkv_status (*barrier)(ifkv_comm *comm);
+    ifkv_status (*bcast)(ifkv_comm *comm, void *data, size_t bytes, int root);
+    /* Every rank receives every rank's piece: rank r's send_bytes = bytes[r] lands at recv +
+     * offset[r]. bytes, offset [size]. send may be recv + offset[rank] (in place). */
+    ifkv_status (*all_gather)(ifkv_comm *comm, const void *send, void *recv, const size_t *bytes,
+                              const size_t *offset);
+    /* Rank r sends send_bytes[q] bytes at send + send_offset[q] to rank q, and receives
+     * recv_bytes[q] from q.
+     */
+    ifkv_status (*all_to_all)(ifkv_comm *comm, const void *send, const size_t *send_bytes,
+                              const size_t *send_offset, void *recv, const size_t *recv_bytes,
+                              const size_t *recv_offset);
+    ifkv_status (*all_reduce_i64)(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op);
+    /* Local: tell the peers that this rank will not come to the next collective. */
+    void (*abort)(ifkv_comm *comm, ifkv_status status);
+    /* Local: ranks on this node, this one included. */
+    int (*node_size)(const ifkv_comm *comm);
+} ifkv_comm_ops;
+
+struct ifkv_comm {
+    const ifkv_comm_ops *ops;
+    int rank, size;
+    int64_t bytes_received; /* from other ranks, since the caller last set it to 0; payload of all
+                               calls but barrier and agree */
+};
+
+ifkv_status ifkv_comm_barrier(ifkv_comm *comm);
+ifkv_status ifkv_comm_all_gather(ifkv_comm *comm, const void *send, void *recv, const size_t *bytes,
+                                 const size_t *offset);
+ifkv_status ifkv_comm_all_to_all(ifkv_comm *comm, const void *send, const size_t *send_bytes,
+                                 const size_t *send_offset, void *recv, const size_t *recv_bytes,
+                                 const size_t *recv_offset);
+ifkv_status ifkv_comm_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op);
+/* Fail with IFKV_ERR_INTERNAL on every rank unless all ranks hold the same value; `what` names it
+ * in the message. */
+ifkv_status ifkv_comm_same(ifkv_comm *comm, uint64_t value, const char *what);
+void ifkv_comm_abort(ifkv_comm *comm, ifkv_status status);
+int ifkv_comm_node_size(const ifkv_comm *comm);
+
+/* Implemented by comm_self.c and comm_mpi.c; called by ifkv_comm_open only. */
+ifkv_status ifkv_comm_self_open(ifkv_comm **comm_p);
+ifkv_status ifkv_comm_mpi_open(ifkv_comm **comm_p);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,340 @@
+/* The communicator "mpi": host memory over a duplicate of MPI_COMM_WORLD.
+ *
+ * Owns the duplicate and the requests, allocated at open; a collective allocates nothing.  Never
+ * calls MPI_Init or MPI_Finalize and leaves the host's error handlers alone: only the duplicate
+ * returns errors.  MPI counts are int, so every buffer moves in messages of at most max_message
+ * bytes.  A message longer or shorter than expected is an error on the rank that receives it; sizes
+ * of which one is zero leave a rank waiting, as MPI itself would.  After an MPI error every call
+ * returns IFKV_ERR_PEER, and buffers of the failed call may still be in use: the host then ends the
+ * job.  Calls come from the thread that opened it. */
+#include "comm.h"
+#include "mpi_check.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    TAG = 17, /* any: MPI keeps the order of messages between two ranks */
+    MAX_MESSAGE = 1 << 30
+};
+
+typedef struct mpi_comm {
+    ifkv_comm base;
+    MPI_Comm mpi; /* owned */
+    size_t max_message;
+    int node_size;
+    bool is_broken;
+    MPI_Request *requests; /* [2 size] owned; receives at 2r, sends at 2r + 1 */
+} mpi_comm;
+
+static ifkv_status mpi_usable(const mpi_comm *self) {
+    IFKV_REQUIRE(!self->is_broken, IFKV_ERR_PEER, IFKV_E_COMM_PEER,
+                 "communicator mpi: used after it failed");
+    return IFKV_OK;
+}
+
+/* Pass a status through and remember that the communicator is lost. */
+static ifkv_status mpi_note(mpi_comm *self, ifkv_status status) {
+    if (status != IFKV_OK) self->is_broken = true;
+    return status;
+}
+
+static void mpi_release(mpi_comm *self) {
+    free(self->requests);
+    free(self);
+}
+
+/* Collective, unless the communicator failed: then the peers may be gone and the duplicate leaks.
+ */
+static void mpi_close(ifkv_comm *comm) {
+    mpi_comm *self = (mpi_comm *)comm;
+    int is_finalized = 0;
+    MPI_Finalized(&is_finalized);
+    if (!is_finalized && !self->is_broken) MPI_Comm_free(&self->mpi);
+    mpi_release(self);
+}
+
+static ifkv_status mpi_barrier(ifkv_comm *comm) {
+    mpi_comm *self = (mpi_comm *)comm;
+    IFKV_TRY(mpi_usable(self));
+    return mpi_note(self, IFKV_MPI(MPI_Barrier(self->mpi)));
+}
+
+static ifkv_status mpi_bcast(ifkv_comm *comm, void *data, size_t bytes, int root) {
+    mpi_comm *self = (mpi_comm *)comm;
+    IFKV_TRY(mpi_usable(self));
+    for (size_t done = 0; done < bytes;) {
+        const int n = ifkv_mpi_chunk(bytes - done, self->max_message);
+        IFKV_TRY(
+            mpi_note(self, IFKV_MPI(MPI_Bcast((char *)data + done, n, MPI_BYTE, root, self->mpi))));
+        done += (size_t)n;
+    }
+    return IFKV_OK;
+}
+
+/* Where this rank's pieces lie for one exchange; everything borrowed. */
+typedef struct pieces {
+    const char *send;
+    const size_t *send_bytes, *send_offset; /* [size]; NULL: same_bytes at send for every peer */
+    size_t same_bytes;
+    char *recv;
+    const size_t *recv_bytes, *recv_offset; /* [size] */
+} pieces;
+
+/* Start the messages of one round; *is_busy_p says whether there was any. */
+static ifkv_status post_round(mpi_comm *self, const pieces *p, size_t done, bool *is_busy_p) {
+    const int size = self->base.size, rank = self->base.rank;
+    for (int i = 0; i < 2 * size; i++) self->requests[i] = MPI_REQUEST_NULL;
+    *is_busy_p = false;
+    /* Receives first, so that data finds its buffer; peers in rotated order, so that not all ranks
+     * send to rank 0 at once. */
+    for (int step = 1; step < size; step++) {
+        const int r = (rank + size - step) % size;
+        if (done >= p->recv_bytes[r]) continue;
+        const int n = ifkv_mpi_chunk(p->recv_bytes[r] - done, self->max_message);
+        IFKV_TRY(IFKV_MPI(MPI_Irecv(p->recv + p->recv_offset[r] + done, n, MPI_BYTE, r, TAG,
+                                    self->mpi, &self->requests[2 * r])));
+        *is_busy_p = true;
+    }
+    for (int step = 1; step < size; step++) {
+        const int r = (rank + step) % size;
+        const size_t bytes = p->send_bytes ? p->send_bytes[r] : p->same_bytes;
+        const size_t offset = p->send_offset ? p->send_offset[r] : 0;
+        if (done >= bytes) continue;
+        const int n = ifkv_mpi_chunk(bytes - done, self->max_message);
+        IFKV_TRY(IFKV_MPI(MPI_Isend(p->send + offset + done, n, MPI_BYTE, r, TAG, self->mpi,
+                                    &self->requests[2 * r + 1])));
+        *is_busy_p = true;
+    }
+    return IFKV_OK;
+}
+
+/* Wait for one message; expected -1 for one that is sent.  One MPI_Wait each, because MPI_Waitall
+ * of Open MPI 4.1.4 never returns when a message that is too long arrives during the wait. */
+static ifkv_status wait_message(mpi_comm *self, MPI_Request *request, int peer, int expected) {
+    MPI_Status status;
+    int got = 0, kind = MPI_SUCCESS;
+    const int error = MPI_Wait(request, &status);
+    if (error != MPI_SUCCESS) MPI_Error_class(error, &kind);
+    IFKV_REQUIRE(expected < 0 || kind != MPI_ERR_TRUNCATE, IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
+                 "rank %d sent more than the %d bytes that rank %d expects", peer, expected,
+                 self->base.rank);
+    IFKV_TRY(ifkv_mpi_status(error, "MPI_Wait", __FILE__, __LINE__));
+    if (expected < 0) return IFKV_OK;
+    IFKV_TRY(IFKV_MPI(MPI_Get_count(&status, MPI_BYTE, &got)));
+    IFKV_REQUIRE(got == expected, IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
+                 "rank %d sent %d bytes where rank %d expects %d", peer, got, self->base.rank,
+                 expected);
+    return IFKV_OK;
+}
+
+static ifkv_status wait_round(mpi_comm *self, const pieces *p, size_t done) {
+    for (int r = 0; r < self->base.size; r++) {
+        if (self->requests[2 * r] == MPI_REQUEST_NULL) continue;
+        const int expected = ifkv_mpi_chunk(p->recv_bytes[r] - done, self->max_message);
+        IFKV_TRY(wait_message(self, &self->requests[2 * r], r, expected));
+    }
+    for (int r = 0; r < self->base.size; r++)
+        if (self->requests[2 * r + 1] != MPI_REQUEST_NULL)
+            IFKV_TRY(wait_message(self, &self->requests[2 * r + 1], r, -1));
+    return IFKV_OK;
+}
+
+/* Move all pieces between different ranks.  Round k moves the k-th chunk of every pair, so two
+ * ranks always agree on the rounds they share, whatever others still have to move, and one request
+ * a direction and peer is enough. */
+static ifkv_status exchange(mpi_comm *self, const pieces *p) {
+    bool is_busy = true;
+    for (size_t done = 0; is_busy; done += self->max_message) {
+        IFKV_TRY(mpi_note(self, post_round(self, p, done, &is_busy)));
+        if (is_busy) IFKV_TRY(mpi_note(self, wait_round(self, p, done)));
+    }
+    return IFKV_OK;
+}
+
+static ifkv_status mpi_all_to_all(ifkv_comm *comm, const void *send, const size_t *send_bytes,
+                                  const size_t *send_offset, void *recv, const size_t *recv_bytes,
+                                  const size_t *recv_offset) {
+    mpi_comm *self = (mpi_comm *)comm;
+    const int me = comm->rank;
+    const pieces p = {.send = send,
+                      .send_bytes = send_bytes,
+                      .send_offset = send_offset,
+                      .recv = recv,
+                      .recv_bytes = recv_bytes,
+                      .recv_offset = recv_offset};
+    IFKV_TRY(mpi_usable(self));
+    IFKV_TRY(exchange(self, &p));
+    /* After the exchange: a rank that returns before it would leave its peers waiting. */
+    IFKV_REQUIRE(send_bytes[me] == recv_bytes[me], IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
+                 "all_to_all: rank %d sends %zu bytes to rank %d, which expects %zu", me,
+                 send_bytes[me], me, recv_bytes[me]);
+    if (recv_bytes[me]) memmove(p.recv + recv_offset[me], p.send + send_offset[me], recv_bytes[me]);
+    return IFKV_OK;
+}
+
+/* Pairs of messages instead of MPI_Allgatherv: its int displacements would need a second path for
+ * long buffers, and all ranks would have to choose it together. */
+static ifkv_status mpi_all_gather(ifkv_comm *comm, const void *send, void *recv,
+                                  const size_t *bytes, const size_t *offset) {
+    mpi_comm *self = (mpi_comm *)comm;
+    const int me = comm->rank;
+    const pieces p = {.send = send,
+                      .same_bytes = bytes[me],
+                      .recv = recv,
+                      .recv_bytes = bytes,
+                      .recv_offset = offset};
+    IFKV_TRY(mpi_usable(self));
+    IFKV_TRY(exchange(self, &p));
+    if (bytes[me] && p.recv + offset[me] != p.send) memmove(p.recv + offset[me], send, bytes[me]);
+    return IFKV_OK;
+}
+
+static ifkv_status mpi_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op) {
+    mpi_comm *self = (mpi_comm *)comm;
+    MPI_Op mpi_op = MPI_SUM;
+    IFKV_TRY(mpi_usable(self));
+    switch (op) {
+    case IFKV_REDUCE_MIN: mpi_op = MPI_MIN; break;
+    case IFKV_REDUCE_MAX: mpi_op = MPI_MAX; break;
+    case IFKV_REDUCE_SUM: break;
+    }
+    return mpi_note(
+        self, IFKV_MPI(MPI_Allreduce(MPI_IN_PLACE, value, n, MPI_INT64_T, mpi_op, self->mpi)));
+}
+
+/* Ends the processes of all ranks, this one included: MPI has no gentler way to wake a rank that
+ * waits.  The library never calls it; only a host that has decided to end the job does, through
+ * ifkv_comm_abort.  The status becomes the exit code, where the launcher passes it on. */
+static void mpi_abort(ifkv_comm *comm, ifkv_status status) {
+    MPI_Abort(((mpi_comm *)comm)->mpi, (int)status);
+}
+
+static int mpi_node_size(const ifkv_comm *comm) {
+    return ((const mpi_comm *)comm)->node_size;
+}
+
+static const ifkv_comm_ops mpi_ops = {
+    .name = "mpi",
+    .close = mpi_close,
+    .barrier = mpi_barrier,
+    .bcast = mpi_bcast,
+    .all_gather = mpi_all_gather,
+    .all_to_all = mpi_all_to_all,
+    .all_reduce_i64 = mpi_all_reduce_i64,
+    .abort = mpi_abort,
+    .node_size = mpi_node_size,
+};
+
+/* A variable's value as a count; -1 if it is not set or no number. */
+static long long env_count(const char *name) {
+    const char *text = getenv(name);
+    char *end = NULL;
+    if (!text || !*text) return -1;
+    const long long value = strtoll(text, &end, 10);
+    return *end ? -1 : value;
+}
+
+ifkv_status ifkv_mpi_check_launch(int world_size) {
+    /* The first variable that is set speaks for the nearest launcher: mpirun inside a Slurm job
+     * sets its own and inherits Slurm's. */
+    static const char *const names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"};
+    if (world_size != 1) return IFKV_OK;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const long long n_task = env_count(names[i]);
+        if (n_task < 0) continue;
+        /* Slurm's variables are also inherited by the shells of salloc and sbatch, where one
+         * process alone is right: only a task of an ordinary step counts, and the steps that are
+         * shells have the highest numbers. */
+        const long long step = env_count("SLURM_STEP_ID");
+        if (i == 2 && (env_count("SLURM_PROCID") < 0 || step < 0 || step >= 0xfffffff0LL)) continue;
+        IFKV_REQUIRE(n_task <= 1, IFKV_ERR_RESOURCE, IFKV_E_COMM_LAUNCH,
+                     "communicator mpi: MPI counts 1 rank, the launcher started %lld (%s)", n_task,
+                     names[i]);
+        return IFKV_OK;
+    }
+    IFKV_REQUIRE(env_count("PMIX_RANK") <= 0, IFKV_ERR_RESOURCE, IFKV_E_COMM_LAUNCH,
+                 "communicator mpi: MPI counts 1 rank, the launcher calls this one rank %lld "
+                 "(PMIX_RANK)",
+                 env_count("PMIX_RANK"));
+    return IFKV_OK;
+}
+
+/* Has the host started MPI, and well enough? */
+static ifkv_status check_host(void) {
+    int is_initialized = 0, is_finalized = 0, level = MPI_THREAD_SINGLE, world_size = 0;
+    IFKV_TRY(IFKV_MPI(MPI_Initialized(&is_initialized)));
+    IFKV_REQUIRE(is_initialized, IFKV_ERR_USAGE, IFKV_E_STATE,
+                 "communicator mpi: opened before MPI_Init_thread");
+    IFKV_TRY(IFKV_MPI(MPI_Finalized(&is_finalized)));
+    IFKV_REQUIRE(!is_finalized, IFKV_ERR_USAGE, IFKV_E_STATE,
+                 "communicator mpi: opened after MPI_Finalize");
+    IFKV_TRY(IFKV_MPI(MPI_Query_thread(&level)));
+    IFKV_REQUIRE(level >= MPI_THREAD_FUNNELED, IFKV_ERR_RESOURCE, IFKV_E_COMM,
+                 "communicator mpi: thread level: got %d, expected at least %d "
+                 "(MPI_THREAD_FUNNELED)",
+                 level, MPI_THREAD_FUNNELED);
+    IFKV_TRY(IFKV_MPI(MPI_Comm_size(MPI_COMM_WORLD, &world_size)));
+    return ifkv_mpi_check_launch(world_size);
+}
+
+static ifkv_status count_node(MPI_Comm mpi, int *n_p) {
+    MPI_Comm node = MPI_COMM_NULL;
+    IFKV_TRY(IFKV_MPI(MPI_Comm_split_type(mpi, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node)));
+    IFKV_TRY(IFKV_MPI(MPI_Comm_size(node, n_p)));
+    return IFKV_MPI(MPI_Comm_free(&node));
+}
+
+/* Everything of this rank in host memory, or NULL. */
+static mpi_comm *create(int size) {
+    mpi_comm *self = calloc(1, sizeof *self);
+    if (!self) return NULL;
+    self->requests = malloc(2 * (size_t)size * sizeof *self->requests);
+    if (self->requests) return self;
+    mpi_release(self);
+    return NULL;
+}
+
+static ifkv_status describe(mpi_comm *self, MPI_Comm mpi, size_t max_message) {
+    self->base.ops = &mpi_ops;
+    self->mpi = mpi;
+    self->max_message = max_message;
+    IFKV_TRY(IFKV_MPI(MPI_Comm_rank(mpi, &self->base.rank)));
+    IFKV_TRY(IFKV_MPI(MPI_Comm_size(mpi, &self->base.size)));
+    return count_node(mpi, &self->node_size);
+}
+
+/* Memory is asked for behind the duplication, and the answer shared: it can fail on one rank alone,
+ * and the others must not be left waiting. */
+ifkv_status ifkv_comm_mpi_open_chunked(size_t max_message, ifkv_comm **comm_p) {
+    ifkv_status status = IFKV_OK;
+    MPI_Comm mpi = MPI_COMM_NULL;
+    mpi_comm *self = NULL;
+    int size = 0;
+    IFKV_TRY(check_host());
+    IFKV_TRY(IFKV_MPI(MPI_Comm_dup(MPI_COMM_WORLD, &mpi)));
+    IFKV_TRY_GOTO(status, IFKV_MPI(MPI_Comm_set_errhandler(mpi, MPI_ERRORS_RETURN)), err_free_mpi);
+    IFKV_TRY_GOTO(status, IFKV_MPI(MPI_Comm_size(mpi, &size)), err_free_mpi);
+    self = create(size);
+    int is_ready = self != NULL;
+    IFKV_TRY_GOTO(status,
+                  IFKV_MPI(MPI_Allreduce(MPI_IN_PLACE, &is_ready, 1, MPI_INT, MPI_MIN, mpi)),
+                  err_release);
+    if (!is_ready) {
+        status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
+                           "communicator mpi: out of host memory on a rank");
+        goto err_release;
+    }
+    IFKV_TRY_GOTO(status, describe(self, mpi, max_message), err_release);
+    *comm_p = &self->base;
+    return IFKV_OK;
+err_release:
+    if (self) mpi_release(self);
+err_free_mpi:
+    MPI_Comm_free(&mpi);
+    return status;
+}
+
+ifkv_status ifkv_comm_mpi_open(ifkv_comm **comm_p) {
+    return ifkv_comm_mpi_open_chunked(MAX_MESSAGE, comm_p);
+}

@@ -1,0 +1,91 @@
+/* The communicator "self": one rank, every collective a copy or nothing.
+ *
+ * Owns no memory but itself; knows no threads and no library.  Behaves like the others at size one,
+ * down to sizes that do not fit and to `abort`, so that code tested on it needs no second path. */
+#include "comm.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct self_comm {
+    ifkv_comm base;
+    bool is_aborted;
+} self_comm;
+
+static ifkv_status self_usable(const ifkv_comm *comm) {
+    IFKV_REQUIRE(!((const self_comm *)comm)->is_aborted, IFKV_ERR_PEER, IFKV_E_COMM_PEER,
+                 "communicator self: used after it was aborted");
+    return IFKV_OK;
+}
+
+static void self_close(ifkv_comm *comm) {
+    free(comm);
+}
+
+static ifkv_status self_barrier(ifkv_comm *comm) {
+    return self_usable(comm);
+}
+
+static ifkv_status self_bcast(ifkv_comm *comm, void *data, size_t bytes, int root) {
+    (void)data;
+    (void)bytes;
+    (void)root;
+    return self_usable(comm);
+}
+
+static ifkv_status self_all_gather(ifkv_comm *comm, const void *send, void *recv,
+                                   const size_t *bytes, const size_t *offset) {
+    IFKV_TRY(self_usable(comm));
+    if (bytes[0]) memmove((char *)recv + offset[0], send, bytes[0]);
+    return IFKV_OK;
+}
+
+static ifkv_status self_all_to_all(ifkv_comm *comm, const void *send, const size_t *send_bytes,
+                                   const size_t *send_offset, void *recv, const size_t *recv_bytes,
+                                   const size_t *recv_offset) {
+    IFKV_TRY(self_usable(comm));
+    IFKV_REQUIRE(send_bytes[0] == recv_bytes[0], IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
+                 "all_to_all: rank 0 sends %zu bytes to rank 0, which expects %zu", send_bytes[0],
+                 recv_bytes[0]);
+    if (send_bytes[0])
+        memmove((char *)recv + recv_offset[0], (const char *)send + send_offset[0], send_bytes[0]);
+    return IFKV_OK;
+}
+
+static ifkv_status self_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op) {
+    (void)value;
+    (void)n;
+    (void)op;
+    return self_usable(comm);
+}
+
+static void self_abort(ifkv_comm *comm, ifkv_status status) {
+    (void)status;
+    ((self_comm *)comm)->is_aborted = true;
+}
+
+static int self_node_size(const ifkv_comm *comm) {
+    (void)comm;
+    return 1;
+}
+
+static const ifkv_comm_ops self_ops = {
+    .name = "self",
+    .close = self_close,
+    .barrier = self_barrier,
+    .bcast = self_bcast,
+    .all_gather = self_all_gather,
+    .all_to_all = self_all_to_all,
+    .all_reduce_i64 = self_all_reduce_i64,
+    .abort = self_abort,
+    .node_size = self_node_size,
+};
+
+ifkv_status ifkv_comm_self_open(ifkv_comm **comm_p) {
+    self_comm *self = calloc(1, sizeof *self);
+    IFKV_REQUIRE(self, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "communicator self: out of host memory");
+    self->base.ops = &self_ops;
+    self->base.size = 1;
+    *comm_p = &self->base;
+    return IFKV_OK;
+}

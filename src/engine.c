@@ -1,0 +1,160 @@
+/* Engines: open, describe, reserve.  See ifkv.h and engine.h. */
+#include "engine.h"
+
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "log.h"
+#include "rope.h"
+
+ifkv_status ifkv_struct_read(void *to, size_t to_size, const void *from, const char *name) {
+    size_t size = 0;
+    IFKV_REQUIRE(from, IFKV_ERR_USAGE, IFKV_E_STRUCT, "%s: got NULL", name);
+    memcpy(&size, from, sizeof size);
+    IFKV_REQUIRE(size >= sizeof size && size <= to_size, IFKV_ERR_USAGE, IFKV_E_STRUCT,
+                 "%s.size: got %zu, expected %zu to %zu", name, size, sizeof size, to_size);
+    memset(to, 0, to_size);
+    memcpy(to, from, size);
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_struct_write(void *to, const void *from, size_t from_size, const char *name) {
+    size_t size = 0;
+    IFKV_REQUIRE(to, IFKV_ERR_USAGE, IFKV_E_STRUCT, "%s: got NULL", name);
+    memcpy(&size, to, sizeof size);
+    IFKV_REQUIRE(size >= sizeof size && size <= from_size, IFKV_ERR_USAGE, IFKV_E_STRUCT,
+                 "%s.size: got %zu, expected %zu to %zu", name, size, sizeof size, from_size);
+    memcpy((char *)to + sizeof size, (const char *)from + sizeof size, size - sizeof size);
+    return IFKV_OK;
+}
+
+size_t ifkv_resident_bytes(void) {
+    unsigned long long total = 0, resident = 0;
+    FILE *file = fopen("/proc/self/statm", "re");
+    if (!file) return 0;
+    const int n = fscanf(file, "%llu %llu", &total, &resident);
+    fclose(file);
+    return n == 2 ? (size_t)resident * (size_t)sysconf(_SC_PAGESIZE) : 0;
+}
+
+size_t ifkv_resident_peak_bytes(void) {
+    struct rusage usage;
+    return getrusage(RUSAGE_SELF, &usage) == 0 ? (size_t)usage.ru_maxrss * 1024 : 0;
+}
+
+static int default_threads(const ifkv_comm *comm) {
+    cpu_set_t set;
+    int n = 1;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) n = CPU_COUNT(&set);
+    n /= ifkv_comm_node_size(comm);
+    return n > 0 ? n : 1;
+}
+
+/* Everything one rank does alone on the way to an open engine. */
+static ifkv_status open_local(ifkv_engine *engine, const ifkv_engine_options *options) {
+    const ifkv_model_options model = {.random_weights = options->random_weights,
+                                      .seed = options->seed};
+    IFKV_REQUIRE(options->model_dir, IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "model: got none, expected a directory");
+    IFKV_REQUIRE(options->n_thread >= 0 && options->n_thread <= 4096, IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "threads: got %d, expected 0 to 4096", options->n_thread);
+    const int n_thread = options->n_thread ? options->n_thread : default_threads(engine->comm);
+    IFKV_TRY(ifkv_backend_open(options->backend ? options->backend : "auto", n_thread,
+                               &engine->backend));
+    engine->resident_before = ifkv_resident_bytes();
+    if (options->check_only) {
+        IFKV_TRY(ifkv_model_check(options->model_dir, &model, engine->backend->ops->dtype,
+                                  &engine->model));
+    } else {
+        IFKV_TRY(ifkv_model_load(options->model_dir, &model, engine->backend, &engine->model));
+    }
+    const ifkv_config *config = &engine->model.config;
+    engine->frequency = malloc((size_t)config->d_head / 2 * sizeof *engine->frequency);
+    IFKV_REQUIRE(engine->frequency, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "engine: out of host memory");
+    ifkv_rope_frequencies(config, engine->frequency);
+    return engine->backend->ops->prepare(engine->backend, config->n_head, config->n_kv_head,
+                                         config->d_head);
+}
+
+ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_options,
+                             ifkv_engine **engine_p) {
+    ifkv_engine_options options;
+    IFKV_REQUIRE(comm && engine_p, IFKV_ERR_USAGE, IFKV_E_STRUCT, "engine_open: got NULL");
+    IFKV_TRY(ifkv_struct_read(&options, sizeof options, caller_options, "engine_options"));
+    ifkv_engine *engine = calloc(1, sizeof *engine);
+    ifkv_status status = IFKV_OK;
+    if (engine) {
+        engine->comm = comm;
+        status = open_local(engine, &options);
+    } else {
+        status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "engine: out of host memory");
+    }
+    IFKV_TRY_GOTO(status, ifkv_comm_agree(comm, status, NULL), err_close);
+    /* nodes can see different files: a stale mount, a half-copied directory */
+    IFKV_TRY_GOTO(status, ifkv_comm_same(comm, engine->model.fingerprint, "model fingerprint"),
+                  err_close);
+    *engine_p = engine;
+    return IFKV_OK;
+err_close:
+    ifkv_engine_close(engine);
+    return status;
+}
+
+void ifkv_engine_close(ifkv_engine *engine) {
+    if (!engine) return;
+    if (engine->has_session) ifkv_log(IFKV_LOG_WARN, "engine closed while a session is open");
+    if (engine->arena) engine->backend->ops->free(engine->backend, engine->arena);
+    ifkv_model_fini(&engine->model);
+    ifkv_backend_close(engine->backend);
+    free(engine->frequency);
+    free(engine);
+}
+
+ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *caller_info) {
+    IFKV_REQUIRE(engine, IFKV_ERR_USAGE, IFKV_E_STRUCT, "engine_info: got NULL");
+    const ifkv_config *config = &engine->model.config;
+    const ifkv_model_info info = {
+        .family = ifkv_family_name(config->family),
+        .n_layer = config->n_layer,
+        .n_head = config->n_head,
+        .n_kv_head = config->n_kv_head,
+        .d_head = config->d_head,
+        .d_model = config->d_model,
+        .d_ff = config->d_ff,
+        .n_vocab = config->n_vocab,
+        .max_position = config->max_position,
+        .n_parameter = engine->model.n_parameter,
+        .rope_theta = config->rope_theta,
+        .is_tied = config->is_tied,
+        .weight_bytes = engine->model.bytes,
+        .fingerprint = engine->model.fingerprint,
+        .backend = engine->backend->ops->name,
+        .n_thread = engine->backend->n_thread,
+    };
+    return ifkv_struct_write(caller_info, &info, sizeof info, "model_info");
+}
+
+ifkv_status ifkv_engine_reserve(ifkv_engine *engine, size_t bytes) {
+    IFKV_REQUIRE(engine, IFKV_ERR_USAGE, IFKV_E_STRUCT, "engine_reserve: got NULL");
+    IFKV_REQUIRE(!engine->has_session, IFKV_ERR_USAGE, IFKV_E_STATE,
+                 "engine_reserve: a session is open");
+    if (bytes <= engine->arena_bytes) return IFKV_OK;
+    /* alloc may promise more than there is; a kill in mid-run would be the only message then */
+    const uint64_t machine = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    const uint64_t share = machine / (uint64_t)ifkv_comm_node_size(engine->comm);
+    IFKV_REQUIRE(bytes <= share && engine->model.bytes <= share - bytes, IFKV_ERR_RESOURCE,
+                 IFKV_E_MEMORY,
+                 "memory of a rank: got %.1f MB weights + %.1f MB for the longest request, "
+                 "expected at most %.1f MB",
+                 (double)engine->model.bytes / 1e6, (double)bytes / 1e6, (double)share / 1e6);
+    if (engine->arena) engine->backend->ops->free(engine->backend, engine->arena);
+    engine->arena = NULL;
+    engine->arena_bytes = 0;
+    IFKV_TRY(engine->backend->ops->alloc(engine->backend, bytes, &engine->arena));
+    engine->arena_bytes = bytes;
+    return IFKV_OK;
+}

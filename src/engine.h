@@ -1,0 +1,30 @@
+/* Inside of an engine: the model on a back end, a communicator, and the one arena its sessions
+ * carve from. */
+#ifndef IFKV_SRC_ENGINE_H
+#define IFKV_SRC_ENGINE_H
+
+#include "comm.h"
+#include "model.h"
+
+struct ifkv_engine {
+    ifkv_comm *comm; /* borrowed */
+    ifkv_backend *backend;
+    ifkv_model model;
+    double *frequency; /* [d_head / 2] of rope.h */
+    void *arena;       /* back-end memory */
+    size_t arena_bytes;
+    bool has_session;       /* the arena is in use */
+    size_t resident_before; /* bytes of this process before the weights */
+};
+
+/* Copy a caller's options struct of its own size into ours: what it does not know is zero.  Errors:
+ * USAGE if it is NULL or larger than ours. */
+ifkv_status ifkv_struct_read(void *to, size_t to_size, const void *from, const char *name);
+/* The other way round, for structs the caller receives: writes only what fits, keeps `size`. */
+ifkv_status ifkv_struct_write(void *to, const void *from, size_t from_size, const char *name);
+
+/* Resident bytes of this process now, and at most so far; 0 where the system does not tell. */
+size_t ifkv_resident_bytes(void);
+size_t ifkv_resident_peak_bytes(void);
+
+#endif

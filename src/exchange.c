@@ -1,0 +1,45 @@
+/* Find and create exchanges by name.  See exchange.h. */
+#include "exchange.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const ifkv_exchange_ops *const exchanges[] = {&ifkv_exchange_query_ops,
+                                                     &ifkv_exchange_local_ops};
+
+const ifkv_exchange_ops *ifkv_exchange_find(const char *name) {
+    for (size_t i = 0; i < sizeof exchanges / sizeof *exchanges; i++)
+        if (!strcmp(exchanges[i]->name, name)) return exchanges[i];
+    return NULL;
+}
+
+ifkv_status ifkv_exchange_create(const char *name, ifkv_backend *backend, ifkv_comm *comm,
+                                 ifkv_kvcache *cache, const ifkv_exchange_shape *shape,
+                                 ifkv_exchange **exchange_p) {
+    const ifkv_exchange_ops *ops = ifkv_exchange_find(name);
+    IFKV_REQUIRE(ops, IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "exchange: unknown name: got \"%s\", expected query or local", name);
+    ifkv_exchange *exchange = calloc(1, ops->struct_bytes);
+    IFKV_REQUIRE(exchange, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "exchange %s: out of host memory",
+                 name);
+    exchange->ops = ops;
+    exchange->backend = backend;
+    exchange->comm = comm;
+    exchange->cache = cache;
+    exchange->shape = *shape;
+    exchange->scale = 1.0f / sqrtf((float)shape->d_head);
+    const ifkv_status status = ops->init(exchange);
+    if (status != IFKV_OK) {
+        ifkv_exchange_destroy(exchange);
+        return status;
+    }
+    *exchange_p = exchange;
+    return IFKV_OK;
+}
+
+void ifkv_exchange_destroy(ifkv_exchange *exchange) {
+    if (!exchange) return;
+    exchange->ops->fini(exchange);
+    free(exchange);
+}

@@ -1,0 +1,162 @@
+/* One layer over a set of rows.  See layer.h. */
+#include "layer.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "placement.h"
+#include "rope.h"
+
+ifkv_status ifkv_pass_init(ifkv_pass *pass, const ifkv_model *model, const double *frequency,
+                           int64_t max_row, int64_t max_group) {
+    const size_t row_bytes = (size_t)model->config.d_head * sizeof(float);
+    memset(pass, 0, sizeof *pass);
+    pass->model = model;
+    pass->frequency = frequency;
+    pass->max_row = max_row;
+    pass->max_block = max_row < IFKV_ROW_BLOCK ? max_row : IFKV_ROW_BLOCK;
+    pass->max_n_block = max_row / IFKV_ROW_BLOCK + max_group;
+    pass->block = malloc(((size_t)pass->max_n_block + 1) * sizeof *pass->block);
+    pass->stage =
+        malloc((size_t)max_row * (row_bytes > sizeof(int64_t) ? row_bytes : sizeof(int64_t)) + 1);
+    if (!pass->block || !pass->stage) {
+        ifkv_pass_fini(pass);
+        return IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "pass of %lld rows: out of host memory",
+                         (long long)max_row);
+    }
+    return IFKV_OK;
+}
+
+void ifkv_pass_fini(ifkv_pass *pass) {
+    free(pass->block);
+    free(pass->stage);
+    memset(pass, 0, sizeof *pass);
+}
+
+void ifkv_pass_layout(ifkv_pass *pass, ifkv_arena *arena, ifkv_dtype dtype) {
+    const ifkv_config *config = &pass->model->config;
+    const int64_t rows = pass->max_row, block = pass->max_block, d_head = config->d_head;
+    pass->row_id = ifkv_arena_take(arena, rows, sizeof *pass->row_id);
+    pass->hidden = ifkv_arena_view(arena, dtype, rows, config->d_model);
+    pass->cos_sin = ifkv_arena_view(arena, IFKV_DTYPE_F32, rows, d_head);
+    pass->qkv =
+        ifkv_arena_view(arena, dtype, rows, (config->n_head + 2 * config->n_kv_head) * d_head);
+    pass->attended = ifkv_arena_view(arena, dtype, rows, config->n_head * d_head);
+    pass->norm = ifkv_arena_view(arena, dtype, block, config->d_model);
+    pass->gate_up = ifkv_arena_view(arena, dtype, block, 2 * (int64_t)config->d_ff);
+    pass->act = ifkv_arena_view(arena, dtype, block, config->d_ff);
+}
+
+ifkv_status ifkv_pass_begin(ifkv_pass *pass, ifkv_backend *backend, int64_t n_row,
+                            const int32_t *token, const int64_t *position, int64_t n_group,
+                            const int64_t *group_begin) {
+    IFKV_REQUIRE(n_row <= pass->max_row, IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                 "pass: got %lld rows, expected at most %lld", (long long)n_row,
+                 (long long)pass->max_row);
+    const int d_head = pass->model->config.d_head;
+    pass->n_row = n_row;
+    pass->n_block = 0;
+    for (int64_t g = 0; g < n_group; g++) {
+        const int64_t rows = group_begin[g + 1] - group_begin[g],
+                      n = ifkv_even_blocks(rows, IFKV_ROW_BLOCK);
+        for (int64_t i = 0; i < n; i++)
+            pass->block[pass->n_block++] = group_begin[g] + ifkv_even_begin(rows, n, i);
+    }
+    pass->block[pass->n_block] = n_row;
+
+    int64_t *id = pass->stage;
+    for (int64_t i = 0; i < n_row; i++) id[i] = token[i];
+    IFKV_TRY(backend->ops->upload(backend, pass->row_id, id, (size_t)n_row * sizeof *id));
+    float *table = pass->stage;
+    ifkv_rope_table(pass->frequency, d_head, n_row, position, table);
+    IFKV_TRY(backend->ops->upload(backend, pass->cos_sin.data, table,
+                                  (size_t)(n_row * d_head) * sizeof *table));
+    const ifkv_view hidden = ifkv_view_rows(&pass->hidden, 0, n_row);
+    return backend->ops->gather(backend, &pass->model->embed, pass->row_id, &hidden);
+}
+
+/* Norm, projection and rotation of one block of rows into qkv. */
+static ifkv_status project(ifkv_pass *pass, const ifkv_layer_weights *weights,
+                           ifkv_backend *backend, int64_t row, int64_t n, unsigned what) {
+    const ifkv_backend_ops *ops = backend->ops;
+    const ifkv_config *config = &pass->model->config;
+    const int64_t q_cols = (int64_t)config->n_head * config->d_head,
+                  kv_cols = (int64_t)config->n_kv_head * config->d_head;
+    const bool has_q = what & IFKV_LAYER_Q, has_kv = what & IFKV_LAYER_KV;
+    const int64_t first = has_q ? 0 : q_cols,
+                  n_col = (has_q ? q_cols : 0) + (has_kv ? 2 * kv_cols : 0);
+
+    const ifkv_view hidden = ifkv_view_rows(&pass->hidden, row, n),
+                    norm = ifkv_view_rows(&pass->norm, 0, n);
+    const ifkv_view cos_sin = ifkv_view_rows(&pass->cos_sin, row, n);
+    const ifkv_view weight = ifkv_view_rows(&weights->qkv, first, n_col);
+    const ifkv_view out = ifkv_view_block(&pass->qkv, row, n, first, n_col);
+    IFKV_TRY(ops->rms_norm(backend, &hidden, &weights->attention_norm, config->norm_eps, &norm));
+    IFKV_TRY(ops->matmul(backend, &norm, &weight, false, &out));
+    if (has_q) {
+        const ifkv_view q = ifkv_view_block(&pass->qkv, row, n, 0, q_cols);
+        IFKV_TRY(ops->rope(backend, &q, config->n_head,
+                           config->has_head_norm ? &weights->q_norm : NULL, config->norm_eps,
+                           &cos_sin));
+    }
+    if (has_kv) {
+        const ifkv_view k = ifkv_view_block(&pass->qkv, row, n, q_cols, kv_cols);
+        IFKV_TRY(ops->rope(backend, &k, config->n_kv_head,
+                           config->has_head_norm ? &weights->k_norm : NULL, config->norm_eps,
+                           &cos_sin));
+    }
+    return IFKV_OK;
+}
+
+/* Output projection and MLP of one block of rows, both added to the residual stream. */
+static ifkv_status finish(ifkv_pass *pass, const ifkv_layer_weights *weights, ifkv_backend *backend,
+                          int64_t row, int64_t n) {
+    const ifkv_backend_ops *ops = backend->ops;
+    const ifkv_view attended = ifkv_view_rows(&pass->attended, row, n),
+                    hidden = ifkv_view_rows(&pass->hidden, row, n);
+    const ifkv_view norm = ifkv_view_rows(&pass->norm, 0, n),
+                    gate_up = ifkv_view_rows(&pass->gate_up, 0, n);
+    const ifkv_view act = ifkv_view_rows(&pass->act, 0, n);
+    IFKV_TRY(ops->matmul(backend, &attended, &weights->o, true, &hidden));
+    IFKV_TRY(
+        ops->rms_norm(backend, &hidden, &weights->mlp_norm, pass->model->config.norm_eps, &norm));
+    IFKV_TRY(ops->matmul(backend, &norm, &weights->gate_up, false, &gate_up));
+    IFKV_TRY(ops->swiglu(backend, &gate_up, &act));
+    return ops->matmul(backend, &act, &weights->down, true, &hidden);
+}
+
+ifkv_status ifkv_layer_run(ifkv_pass *pass, int layer, ifkv_exchange *exchange, unsigned what) {
+    const ifkv_config *config = &pass->model->config;
+    const ifkv_layer_weights *weights = &pass->model->layer[layer];
+    ifkv_backend *backend = exchange->backend;
+    const int64_t n_row = pass->n_row, q_cols = (int64_t)config->n_head * config->d_head;
+    const int64_t kv_cols = (int64_t)config->n_kv_head * config->d_head;
+
+    for (int64_t i = 0; i < pass->n_block; i++)
+        IFKV_TRY(project(pass, weights, backend, pass->block[i],
+                         pass->block[i + 1] - pass->block[i], what));
+    if (what & IFKV_LAYER_KV) {
+        const ifkv_view k = ifkv_view_block(&pass->qkv, 0, n_row, q_cols, kv_cols);
+        const ifkv_view v = ifkv_view_block(&pass->qkv, 0, n_row, q_cols + kv_cols, kv_cols);
+        IFKV_TRY(exchange->ops->store(exchange, layer, &k, &v));
+    }
+    if (what & IFKV_LAYER_ATTEND) {
+        const ifkv_view q = ifkv_view_block(&pass->qkv, 0, n_row, 0, q_cols);
+        const ifkv_view attended = ifkv_view_rows(&pass->attended, 0, n_row);
+        IFKV_TRY(exchange->ops->attend(exchange, layer, &q, &attended));
+    }
+    if (what & IFKV_LAYER_FINISH)
+        for (int64_t i = 0; i < pass->n_block; i++)
+            IFKV_TRY(finish(pass, weights, backend, pass->block[i],
+                            pass->block[i + 1] - pass->block[i]));
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_pass_logits(ifkv_pass *pass, ifkv_backend *backend, int64_t row,
+                             const ifkv_view *logits) {
+    const ifkv_view hidden = ifkv_view_rows(&pass->hidden, row, 1),
+                    norm = ifkv_view_rows(&pass->norm, 0, 1);
+    IFKV_TRY(backend->ops->rms_norm(backend, &hidden, &pass->model->final_norm,
+                                    pass->model->config.norm_eps, &norm));
+    return backend->ops->matmul(backend, &norm, &pass->model->lm_head, false, logits);
+}

@@ -1,0 +1,191 @@
+/* The two forms of one request's result.  See output_record.h. */
+#include "output_record.h"
+
+#include "h5.h"
+#include "publish.h"
+
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+/* ---- the line ---- */
+
+/* A double prints with as many digits as a clock or a sum of one can mean. */
+#define MS_DIGITS 9
+
+static json_t *text_or_null(const char *text) {
+    return text ? json_string(text) : json_null();
+}
+
+static json_t *json_or_null(const char *text) {
+    return text ? json_loads(text, 0, NULL) : json_null();
+}
+
+static json_t *ids_to_json(const int32_t *id, int64_t n) {
+    json_t *list = json_array();
+    for (int64_t i = 0; i < n; i++) json_array_append_new(list, json_integer(id[i]));
+    return list;
+}
+
+static json_t *ms_to_json(const ifkv_result *result) {
+    json_t *ms = json_object();
+    for (int i = 0; i < IFKV_N_STAGE; i++) {
+        /* ttft stands behind the stages it sums up */
+        if (i == IFKV_STAGE_DECODE) json_object_set_new(ms, "ttft", json_real(result->ttft_ms));
+        json_object_set_new(ms, ifkv_stage_name((ifkv_stage)i), json_real(result->ms[i]));
+    }
+    return ms;
+}
+
+static json_t *bytes_to_json(const ifkv_result *result) {
+    json_t *bytes = json_object();
+    for (int i = 0; i < IFKV_N_STAGE; i++)
+        json_object_set_new(bytes, ifkv_stage_name((ifkv_stage)i), json_integer(result->bytes[i]));
+    json_object_set_new(bytes, "total", json_integer(result->bytes_total));
+    return bytes;
+}
+
+static void digest_to_hex(uint64_t digest, char hex[17]) {
+    snprintf(hex, 17, "%016llx", (unsigned long long)digest);
+}
+
+ifkv_status ifkv_output_result_line(const ifkv_request_item *item, const ifkv_result *result,
+                                    char **line_p) {
+    char hex[17];
+    digest_to_hex(result->selected_digest, hex);
+    json_t *root = json_pack(
+        "{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:[], "
+        "s:o, s:{s:I, s:I, s:I}}",
+        "id", item->id, "answers", json_or_null(item->answers_json), "meta",
+        json_or_null(item->meta_json), "answer_ids", ids_to_json(result->answer, result->n_answer),
+        "finish", text_or_null(result->finish), "method", text_or_null(result->method), "exchange",
+        text_or_null(result->exchange), "backend", text_or_null(result->backend), "comm",
+        text_or_null(result->comm), "size", result->n_rank, "n_context",
+        (json_int_t)result->n_context, "n_chunk", (json_int_t)result->n_chunk, "n_prompt",
+        (json_int_t)result->n_prompt, "n_selected", (json_int_t)result->n_selected,
+        "selected_digest", hex, "ms", ms_to_json(result), "rode", "bytes", bytes_to_json(result),
+        "memory", "weights", (json_int_t)result->memory_weights, "planned",
+        (json_int_t)result->memory_planned, "peak", (json_int_t)result->memory_peak);
+    char *text = root ? json_dumps(root, JSON_COMPACT | JSON_REAL_PRECISION(MS_DIGITS)) : NULL;
+    json_decref(root);
+    char *line = text ? realloc(text, strlen(text) + 2) : NULL;
+    if (!line) {
+        free(text);
+        return IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "%s: not enough memory for the result",
+                         item->where);
+    }
+    *line_p = strcat(line, "\n");
+    return IFKV_OK;
+}
+
+/* ---- the record ---- */
+
+/* ISO 8601 in UTC; SOURCE_DATE_EPOCH stands in for the clock where a build wants equal files. */
+static void time_to_text(char *text, size_t bytes) {
+    const char *epoch = getenv("SOURCE_DATE_EPOCH");
+    time_t now = epoch ? (time_t)strtoll(epoch, NULL, 10) : time(NULL);
+    struct tm tm;
+    if (!gmtime_r(&now, &tm) || !strftime(text, bytes, "%Y-%m-%dT%H:%M:%SZ", &tm)) *text = 0;
+}
+
+static ifkv_status write_header(ifkv_h5 *file, const ifkv_output_options *options,
+                                const ifkv_request_item *item) {
+    char hex[17], version[32], now[32], key[IFKV_OUTPUT_KEY_BYTES];
+    digest_to_hex(options->fingerprint, hex);
+    time_to_text(now, sizeof now);
+    IFKV_TRY(ifkv_h5_text_write(file, "format", "ifkv-record"));
+    IFKV_TRY(ifkv_h5_text_write(file, "format_version", "1.0"));
+    IFKV_TRY(ifkv_h5_text_write(file, "creator", "ifkv"));
+    IFKV_TRY(ifkv_h5_text_write(file, "creator_version", IFKV_VERSION));
+    IFKV_TRY(ifkv_h5_text_write(file, "HDF5_Version", ifkv_h5_version(version)));
+    IFKV_TRY(ifkv_h5_text_write(file, "file_time", now));
+    IFKV_TRY(ifkv_h5_text_write(file, "model_fingerprint", hex));
+    IFKV_TRY(ifkv_h5_text_write(file, "run", options->run));
+    IFKV_TRY(ifkv_h5_text_write(file, "key", ifkv_output_key(options, item, key)));
+    return ifkv_h5_text_write(file, "id", item->id);
+}
+
+static ifkv_status write_texts(ifkv_h5 *file, const ifkv_result *r) {
+    char hex[17];
+    digest_to_hex(r->selected_digest, hex);
+    const struct {
+        const char *name, *text;
+    } field[] = {
+        {"method", r->method},
+        {"exchange", r->exchange},
+        {"backend", r->backend},
+        {"comm", r->comm},
+        {"finish", r->finish},
+        {"selected_digest", hex},
+        {"score_layers", r->score_layers},
+    };
+    for (size_t i = 0; i < sizeof field / sizeof *field; i++)
+        if (field[i].text) IFKV_TRY(ifkv_h5_text_write(file, field[i].name, field[i].text));
+    return IFKV_OK;
+}
+
+static ifkv_status write_numbers(ifkv_h5 *file, const ifkv_result *r) {
+    char name[40];
+    const struct {
+        const char *name;
+        int64_t value;
+    } field[] = {
+        {"size", r->n_rank},
+        {"n_context", r->n_context},
+        {"n_chunk", r->n_chunk},
+        {"n_prompt", r->n_prompt},
+        {"n_selected", r->n_selected},
+        {"bytes_total", r->bytes_total},
+        {"memory_weights", (int64_t)r->memory_weights},
+        {"memory_planned", (int64_t)r->memory_planned},
+        {"memory_peak", (int64_t)r->memory_peak},
+    };
+    for (size_t i = 0; i < sizeof field / sizeof *field; i++)
+        IFKV_TRY(ifkv_h5_i64_write(file, field[i].name, field[i].value));
+    for (int i = 0; i < IFKV_N_STAGE; i++) {
+        snprintf(name, sizeof name, "ms_%s", ifkv_stage_name((ifkv_stage)i));
+        IFKV_TRY(ifkv_h5_f64_write(file, name, r->ms[i]));
+        snprintf(name, sizeof name, "bytes_%s", ifkv_stage_name((ifkv_stage)i));
+        IFKV_TRY(ifkv_h5_i64_write(file, name, r->bytes[i]));
+    }
+    return ifkv_h5_f64_write(file, "ms_ttft", r->ttft_ms);
+}
+
+static ifkv_status write_arrays(ifkv_h5 *file, const ifkv_output_options *options,
+                                const ifkv_result *r) {
+    IFKV_TRY(ifkv_h5_dataset_write(file, "/selected", IFKV_H5_I64, 1, &r->n_selected, r->selected));
+    IFKV_TRY(ifkv_h5_dataset_write(file, "/answer_ids", IFKV_H5_I32, 1, &r->n_answer, r->answer));
+    if (options->save_scores && r->scores)
+        IFKV_TRY(ifkv_h5_dataset_write(file, "/scores", IFKV_H5_F32, 1, &r->n_context, r->scores));
+    if (options->save_logits && r->first_logits)
+        IFKV_TRY(ifkv_h5_dataset_write(file, "/first_logits", IFKV_H5_F32, 1, &r->n_vocab,
+                                       r->first_logits));
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_output_record_file(const ifkv_output_options *options,
+                                    const ifkv_request_item *item, const ifkv_result *result,
+                                    const char *file_name, uint64_t *digest_p) {
+    ifkv_h5 *file = NULL;
+    char *tmp;
+    ifkv_status status;
+    IFKV_TRY(ifkv_publish_path(options->dir, file_name, 0, &tmp));
+    IFKV_TRY_GOTO(status, ifkv_h5_create(tmp, &file), err_free_tmp);
+    IFKV_TRY_GOTO(status, write_header(file, options, item), err_close_file);
+    IFKV_TRY_GOTO(status, write_texts(file, result), err_close_file);
+    IFKV_TRY_GOTO(status, write_numbers(file, result), err_close_file);
+    IFKV_TRY_GOTO(status, write_arrays(file, options, result), err_close_file);
+    status = ifkv_h5_finish(file);
+    file = NULL;
+    if (status != IFKV_OK) goto err_close_file;
+    status = ifkv_publish_h5(options->dir, file_name, tmp, digest_p);
+    goto err_free_tmp;
+err_close_file:
+    ifkv_h5_close(file);
+    ifkv_publish_abandon(tmp);
+err_free_tmp:
+    free(tmp);
+    return status;
+}

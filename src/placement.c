@@ -1,0 +1,175 @@
+/* Placement of chunks and dealing of rows.  See placement.h. */
+#include "placement.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+int64_t ifkv_even_blocks(int64_t n, int64_t max_rows) {
+    return (n + max_rows - 1) / max_rows;
+}
+
+int64_t ifkv_even_begin(int64_t n, int64_t n_block, int64_t i) {
+    const int64_t small = n / n_block, n_large = n % n_block;
+    return i * small + (i < n_large ? i : n_large);
+}
+
+/* Slice of n_slice equal token slices in which a chunk's middle lies, in integers: floor(n_slice *
+ * (o + len/2) / T). */
+static int64_t slice_of(const ifkv_placement *placement, int64_t chunk, int64_t n_slice) {
+    const int64_t twice_middle = placement->offset[chunk] + placement->offset[chunk + 1];
+    return n_slice * twice_middle / (2 * placement->n_context);
+}
+
+static void place_zigzag(ifkv_placement *placement) {
+    const int size = placement->size;
+    for (int64_t i = 0; i < placement->n_chunk; i++) {
+        const int slice = (int)slice_of(placement, i, 2 * (int64_t)size);
+        placement->rank[i] = slice < size ? slice : 2 * size - 1 - slice;
+    }
+}
+
+static void place_contiguous(ifkv_placement *placement) {
+    for (int64_t i = 0; i < placement->n_chunk; i++)
+        placement->rank[i] = (int)slice_of(placement, i, placement->size);
+}
+
+typedef struct sized_chunk {
+    int64_t rows, chunk;
+} sized_chunk;
+
+static int longest_first(const void *a, const void *b) {
+    const sized_chunk *x = a, *y = b;
+    if (x->rows != y->rows) return x->rows < y->rows ? 1 : -1;
+    return x->chunk < y->chunk ? -1 : 1;
+}
+
+static ifkv_status place_longest(ifkv_placement *placement, ifkv_encode_cost cost) {
+    const int64_t n = placement->n_chunk;
+    sized_chunk *order = malloc((size_t)n * sizeof *order);
+    double *load = calloc((size_t)placement->size, sizeof *load);
+    if (!order || !load) {
+        free(order);
+        free(load);
+        return IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "placement: out of host memory");
+    }
+    for (int64_t i = 0; i < n; i++) {
+        order[i].rows =
+            placement->offset[i + 1] - placement->offset[i] + ifkv_placement_dropped(placement, i);
+        order[i].chunk = i;
+    }
+    qsort(order, (size_t)n, sizeof *order, longest_first);
+    for (int64_t i = 0; i < n; i++) {
+        int best = 0;
+        for (int r = 1; r < placement->size; r++)
+            if (load[r] < load[best]) best = r;
+        const double m = (double)order[i].rows;
+        load[best] += cost.per_row * m + cost.per_pair * m * (m + 1) / 2;
+        placement->rank[order[i].chunk] = best;
+    }
+    free(order);
+    free(load);
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_placement_init(ifkv_placement *placement, ifkv_placement_kind kind, int size,
+                                int64_t n_prefix, int64_t n_chunk, const int64_t *chunk_offsets,
+                                ifkv_encode_cost cost) {
+    memset(placement, 0, sizeof *placement);
+    placement->size = size;
+    placement->n_prefix = n_prefix;
+    placement->n_chunk = n_chunk;
+    placement->n_tail_rank = kind == IFKV_PLACE_FIRST ? 1 : size;
+    placement->offset = malloc(((size_t)n_chunk + 1) * sizeof *placement->offset);
+    placement->rank = calloc((size_t)n_chunk, sizeof *placement->rank);
+    if (!placement->offset || !placement->rank) {
+        ifkv_placement_fini(placement);
+        return IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "placement: out of host memory");
+    }
+    placement->offset[0] = 0;
+    for (int64_t i = 1; i <= n_chunk; i++) placement->offset[i] = n_prefix + chunk_offsets[i];
+    placement->n_context = placement->offset[n_chunk];
+
+    ifkv_status status = IFKV_OK;
+    if (kind == IFKV_PLACE_ZIGZAG) place_zigzag(placement);
+    if (kind == IFKV_PLACE_CONTIGUOUS) place_contiguous(placement);
+    if (kind == IFKV_PLACE_LONGEST) status = place_longest(placement, cost);
+    if (status != IFKV_OK) ifkv_placement_fini(placement);
+    return status;
+}
+
+void ifkv_placement_fini(ifkv_placement *placement) {
+    free(placement->offset);
+    free(placement->rank);
+    memset(placement, 0, sizeof *placement);
+}
+
+int64_t ifkv_placement_dropped(const ifkv_placement *placement, int64_t chunk) {
+    return chunk == 0 ? 0 : placement->n_prefix;
+}
+
+int64_t ifkv_placement_kept_rows(const ifkv_placement *placement, int rank) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < placement->n_chunk; i++)
+        if (placement->rank[i] == rank) n += placement->offset[i + 1] - placement->offset[i];
+    return n;
+}
+
+int64_t ifkv_placement_chunks(const ifkv_placement *placement, int rank) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < placement->n_chunk; i++) n += placement->rank[i] == rank;
+    return n;
+}
+
+int64_t ifkv_placement_encoded_rows(const ifkv_placement *placement, int rank) {
+    int64_t n = ifkv_placement_kept_rows(placement, rank);
+    for (int64_t i = 0; i < placement->n_chunk; i++)
+        if (placement->rank[i] == rank) n += ifkv_placement_dropped(placement, i);
+    return n;
+}
+
+int64_t ifkv_placement_chunk_of(const ifkv_placement *placement, int64_t index) {
+    int64_t low = 0, high = placement->n_chunk - 1;
+    while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (index < placement->offset[middle + 1])
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+int ifkv_placement_owner(const ifkv_placement *placement, int64_t index) {
+    if (index < placement->n_context)
+        return placement->rank[ifkv_placement_chunk_of(placement, index)];
+    return (int)((index - placement->n_context) / IFKV_TAIL_BLOCK % placement->n_tail_rank);
+}
+
+int64_t ifkv_placement_tail_rows(const ifkv_placement *placement, int rank, int64_t n_tail) {
+    if (rank >= placement->n_tail_rank) return 0;
+    const int64_t round = (int64_t)IFKV_TAIL_BLOCK * placement->n_tail_rank;
+    int64_t rest = n_tail % round - (int64_t)IFKV_TAIL_BLOCK * rank;
+    rest = rest < 0 ? 0 : rest > IFKV_TAIL_BLOCK ? IFKV_TAIL_BLOCK : rest;
+    return n_tail / round * IFKV_TAIL_BLOCK + rest;
+}
+
+int ifkv_deal_home(int64_t i, int64_t k, int size) {
+    if (k <= 0) return 0;
+    const int64_t unit = k >= 256 * (int64_t)size ? 64 : 1;
+    const int64_t n_round = k / (unit * size), dealt = n_round * unit * size;
+    int64_t round, seat;
+    if (i < dealt) {
+        round = i / (unit * size);
+        seat = i / unit % size;
+    } else {
+        round = n_round + (i - dealt) / size;
+        seat = (i - dealt) % size;
+    }
+    return (int)(round % 2 == 0 ? seat : size - 1 - seat);
+}
+
+int64_t ifkv_deal_count(int64_t k, int size, int rank) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < k; i++) n += ifkv_deal_home(i, k, size) == rank;
+    return n;
+}

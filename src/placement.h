@@ -1,0 +1,78 @@
+/* Which rank holds which chunk, which rank works on which row: pure arithmetic, the same answer on
+ * every rank.
+ *
+ * Owns chunk offsets in the sequence, the chunk-to-rank map and the dealing of rows
+ * (algorithm 1.2, 2.4, 4).  Placement changes time, never results.  Knows nothing of tokens, memory
+ * or communicators. */
+#ifndef IFKV_SRC_PLACEMENT_H
+#define IFKV_SRC_PLACEMENT_H
+
+#include "status.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum ifkv_placement_kind {
+    IFKV_PLACE_ZIGZAG,     /* slices r and 2P-1-r of 2P equal token slices: balances causal work */
+    IFKV_PLACE_CONTIGUOUS, /* slice r of P */
+    IFKV_PLACE_LONGEST,    /* longest chunk first, to the rank with the least encode work */
+    IFKV_PLACE_FIRST       /* everything on rank 0: exact prefill on one rank */
+} ifkv_placement_kind;
+
+typedef struct ifkv_placement {
+    int size;          /* ranks */
+    int64_t n_prefix;  /* p */
+    int64_t n_chunk;   /* n */
+    int64_t n_context; /* T, prefix included */
+    int64_t *offset; /* [n_chunk + 1] o_i: chunk i keeps indices [offset[i], offset[i+1]); owned */
+    int *rank;       /* [n_chunk] owned */
+    int n_tail_rank; /* ranks that share prompt and generated rows: size, or 1 under FIRST */
+} ifkv_placement;
+
+/* FLOP of encoding m rows as one causal chunk: per_row * m + per_pair * m * (m + 1) / 2. */
+typedef struct ifkv_encode_cost {
+    double per_row, per_pair;
+} ifkv_encode_cost;
+
+/* Place n_chunk chunks of chunk_offsets[i+1] - chunk_offsets[i] tokens behind n_prefix prefix
+ * tokens.  cost is read for LONGEST only.  Allocates; release with ifkv_placement_fini.  Errors:
+ * RESOURCE. */
+ifkv_status ifkv_placement_init(ifkv_placement *placement, ifkv_placement_kind kind, int size,
+                                int64_t n_prefix, int64_t n_chunk, const int64_t *chunk_offsets,
+                                ifkv_encode_cost cost);
+void ifkv_placement_fini(ifkv_placement *placement);
+
+/* Rows of chunk i that are encoded and dropped: its copy of the prefix, except in chunk 0, which
+ * keeps it. */
+int64_t ifkv_placement_dropped(const ifkv_placement *placement, int64_t chunk);
+/* Context rows a rank keeps, and rows it encodes. */
+int64_t ifkv_placement_kept_rows(const ifkv_placement *placement, int rank);
+int64_t ifkv_placement_encoded_rows(const ifkv_placement *placement, int rank);
+int64_t ifkv_placement_chunks(const ifkv_placement *placement, int rank);
+/* The chunk that holds a context index. */
+int64_t ifkv_placement_chunk_of(const ifkv_placement *placement, int64_t index);
+/* The rank that stores the K/V of an index: its chunk's rank, or for prompt and generated rows
+ * blocks of 256 in turn. */
+int ifkv_placement_owner(const ifkv_placement *placement, int64_t index);
+
+enum { IFKV_TAIL_BLOCK = 256 };
+/* Rows of n_tail prompt and generated rows that a rank owns. */
+int64_t ifkv_placement_tail_rows(const ifkv_placement *placement, int rank, int64_t n_tail);
+
+/* Home of row i of k ascending rows dealt over size ranks: units of 64 rows (1 below 256 rows a
+ * rank) back and forth, the rest row by row, so that counts differ by at most one and every rank
+ * spans the whole sequence. */
+int ifkv_deal_home(int64_t i, int64_t k, int size);
+/* Rows a rank gets of k. */
+int64_t ifkv_deal_count(int64_t k, int size, int rank);
+
+/* Cut n rows into blocks of at most max_rows, as even as possible: a function of n alone.  Returns
+ * the number of blocks; block i starts at ifkv_even_begin(n, n_block, i). */
+int64_t ifkv_even_blocks(int64_t n, int64_t max_rows);
+int64_t ifkv_even_begin(int64_t n, int64_t n_block, int64_t i);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

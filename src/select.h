@@ -1,0 +1,87 @@
+/* Which tokens are recomputed: the table every selector fills, and the budget all of them keep.
+ *
+ * A selector scores context rows (or not) and chooses the set S under a budget.  Eligible are the
+ * rows of chunks 1 .. n-1: chunk 0 saw its true past already.  S is ascending and the same on every
+ * rank.  A selector may run layers; it never changes the cache. Source:
+ * algorithm 1.4, 1.5, 5.1, 5.2. */
+#ifndef IFKV_SRC_SELECT_H
+#define IFKV_SRC_SELECT_H
+
+#include "layer.h"
+#include "placement.h"
+
+enum { IFKV_MAX_SCORE_LAYER = 512 };
+
+typedef struct ifkv_selector ifkv_selector;
+
+/* What a selector may look at.  All borrowed for the selector's life. */
+typedef struct ifkv_select_input {
+    ifkv_backend *backend;
+    ifkv_comm *comm;
+    const ifkv_model *model;
+    const double *frequency; /* of rope.h */
+    const ifkv_placement *placement;
+    const ifkv_kvcache *cache;
+    int64_t n_question;
+    const int32_t *question;
+    int64_t budget; /* k = |S| */
+    uint64_t seed;
+    ifkv_score_form form;
+    int n_score_layer;
+    int score_layer[IFKV_MAX_SCORE_LAYER]; /* ascending */
+    ifkv_progress_fn progress;             /* may be NULL */
+    void *progress_arg;
+} ifkv_select_input;
+
+typedef struct ifkv_select_ops {
+    const char *name;
+    size_t struct_bytes;
+    bool has_scores;
+    /* Rows the method recomputes: k of n_context and n_eligible rows, for a ratio of num / den. */
+    int64_t (*budget)(int64_t num, int64_t den, int64_t n_context, int64_t n_eligible);
+    ifkv_status (*init)(ifkv_selector *selector);
+    void (*fini)(ifkv_selector *selector);
+    void (*layout)(ifkv_selector *selector,
+                   ifkv_arena *arena); /* Local; runs twice (see arena.h) */
+    /* Fill score [n_context], in index order, on every rank; finite and >= 0.  Collective. */
+    ifkv_status (*score)(ifkv_selector *selector, float *score);
+    /* Write the budget's rows, ascending.  The same on every rank; Local. */
+    ifkv_status (*choose)(ifkv_selector *selector, const float *score, int64_t *selected);
+    const char *explain; /* one sentence for help texts */
+} ifkv_select_ops;
+
+struct ifkv_selector {
+    const ifkv_select_ops *ops;
+    ifkv_select_input input;
+};
+
+/* NULL if there is no selector of that name. */
+const ifkv_select_ops *ifkv_select_find(const char *name);
+ifkv_status ifkv_selector_create(const ifkv_select_ops *ops, const ifkv_select_input *input,
+                                 ifkv_selector **selector_p);
+void ifkv_selector_destroy(ifkv_selector *selector);
+
+/* First eligible index: the end of chunk 0. */
+int64_t ifkv_select_first(const ifkv_placement *placement);
+
+/* Read an exact decimal in [0, 1] as num / den; den is a power of ten up to 10^15.  Errors: USAGE.
+ */
+ifkv_status ifkv_ratio_parse(const char *text, int64_t *num_p, int64_t *den_p);
+/* min(max(1, floor(num * n_context / den)), n_eligible), 0 for a ratio of 0; in integers. */
+int64_t ifkv_select_by_ratio(int64_t num, int64_t den, int64_t n_context, int64_t n_eligible);
+
+/* Read "published", "wide" or an ascending comma list into input->score_layer (algorithm 1.4, 5.2).
+ * Errors: USAGE. */
+ifkv_status ifkv_score_layers_parse(const char *text, int n_layer, ifkv_select_input *input);
+ifkv_status ifkv_score_form_parse(const char *text, ifkv_score_form *form_p);
+
+/* For members of the table that have nothing to do at that point. */
+ifkv_status ifkv_select_init_nothing(ifkv_selector *selector);
+void ifkv_select_fini_nothing(ifkv_selector *selector);
+void ifkv_select_layout_nothing(ifkv_selector *selector, ifkv_arena *arena);
+ifkv_status ifkv_select_no_score(ifkv_selector *selector, float *score);
+
+extern const ifkv_select_ops ifkv_select_infoflow_ops, ifkv_select_none_ops, ifkv_select_all_ops,
+    ifkv_select_random_ops;
+
+#endif

@@ -1,0 +1,394 @@
+/* Selector `infoflow`: rows through which the question's attention flows (arXiv 2603.05353).
+ *
+ * The question's rows are replicated on every rank and run through the layers up to the last
+ * scoring layer.  In each layer they see every context row, wherever it is, and the question
+ * causally; nothing of theirs is kept.  In the scoring layers the exact probabilities of this
+ * rank's keys are reduced to a score per row; scores are then gathered. Every sum over context keys
+ * is cut at chunk boundaries and carried between ranks in the back end's part dtype (float64 on the
+ * CPU), so that scores do not depend on the number of ranks: near-ties at the threshold lie as
+ * close as a relative 1e-7. Source: algorithm 1.4, 1.5. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "select.h"
+
+/* Question rows as an exchange: store keeps the question's K/V for the layer, attend merges context
+ * parts of all ranks. */
+typedef struct question_exchange {
+    ifkv_exchange base;
+    int64_t n_question, n_chunk; /* chunks of this rank */
+    int64_t *chunk_slot;         /* [n_chunk + 1] host, owned: shard rows of each */
+    ifkv_view *views;            /* host, owned: parts to merge, out and lse */
+    size_t *bytes, *offset;      /* [size] host, owned: messages */
+    bool is_lse_only;            /* last scoring layer: nothing reads the question's output */
+    ifkv_view k, v;              /* the question's own, of this layer */
+
+    /* Back-end memory. */
+    int64_t *copy_row;                /* [n_chunk * n_question] question row of each copy */
+    int64_t *chunk_begin, *chunk_end; /* spans of the copies: one chunk each */
+    int64_t *own_begin, *own_end;     /* [n_question] spans on the question itself: causal */
+    ifkv_view copies;                 /* [n_chunk * n_question, q] */
+    ifkv_view chunk_part; /* [n_chunk * n_question, q + n_head] float32: out, lse over each chunk */
+    ifkv_view rank_part;  /* [size * n_question, q + n_head] part dtype: out, lse over each rank */
+    ifkv_view rank_lse;   /* [size * n_question, n_head] part dtype, where only the lse travels */
+    ifkv_view own_part;   /* [n_question, q + n_head] float32: over the question itself */
+    ifkv_view lse;        /* [n_question, n_head] float32: over everything */
+} question_exchange;
+
+typedef struct select_infoflow {
+    ifkv_selector base;
+    question_exchange exchange;
+    ifkv_pass pass;
+    float *score;     /* [kept rows] back-end memory, in shard order */
+    float *gathered;  /* [n_context] host, owned: rank-major */
+    int64_t *scratch; /* [n_context] back-end memory, for top-k */
+    float *value;     /* [n_context] back-end memory */
+    int64_t *chosen;  /* [budget] back-end memory */
+} select_infoflow;
+
+static int64_t kept_rows(const ifkv_select_input *input) {
+    return ifkv_placement_kept_rows(input->placement, input->comm->rank);
+}
+
+static ifkv_status question_init(question_exchange *x, const ifkv_select_input *input) {
+    const ifkv_placement *placement = input->placement;
+    const int rank = input->comm->rank, size = input->comm->size;
+    x->base.backend = input->backend;
+    x->base.comm = input->comm;
+    x->base.scale = 1.0f / sqrtf((float)input->model->config.d_head);
+    x->base.shape.n_head = input->model->config.n_head;
+    x->base.shape.n_kv_head = input->model->config.n_kv_head;
+    x->base.shape.d_head = input->model->config.d_head;
+    x->n_question = input->n_question;
+    x->n_chunk = ifkv_placement_chunks(placement, rank);
+    const int64_t n_part = (x->n_chunk > size ? x->n_chunk : size) + 1;
+    x->chunk_slot = malloc(((size_t)x->n_chunk + 1) * sizeof *x->chunk_slot);
+    x->views = malloc(2 * (size_t)n_part * sizeof *x->views);
+    x->bytes = malloc(2 * (size_t)size * sizeof *x->bytes);
+    IFKV_REQUIRE(x->chunk_slot && x->views && x->bytes, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
+                 "selector infoflow: out of host memory");
+    x->offset = x->bytes + size;
+    int64_t n = 0;
+    x->chunk_slot[0] = 0;
+    for (int64_t i = 0; i < placement->n_chunk; i++) {
+        if (placement->rank[i] != rank) continue;
+        x->chunk_slot[n + 1] = x->chunk_slot[n] + placement->offset[i + 1] - placement->offset[i];
+        n++;
+    }
+    return IFKV_OK;
+}
+
+static void question_layout(question_exchange *x, ifkv_arena *arena) {
+    const ifkv_backend_ops *ops = x->base.backend->ops;
+    const int64_t n = x->n_question, copies = x->n_chunk * n, size = x->base.comm->size;
+    const int64_t n_head = x->base.shape.n_head, q = n_head * x->base.shape.d_head;
+    x->copy_row = ifkv_arena_take(arena, copies, sizeof(int64_t));
+    x->chunk_begin = ifkv_arena_take(arena, copies, sizeof(int64_t));
+    x->chunk_end = ifkv_arena_take(arena, copies, sizeof(int64_t));
+    x->own_begin = ifkv_arena_take(arena, n, sizeof(int64_t));
+    x->own_end = ifkv_arena_take(arena, n, sizeof(int64_t));
+    x->copies = ifkv_arena_view(arena, ops->dtype, copies, q);
+    x->chunk_part = ifkv_arena_view(arena, IFKV_DTYPE_F32, copies, q + n_head);
+    x->rank_part = ifkv_arena_view(arena, ops->part_dtype, size * n, q + n_head);
+    x->rank_lse = ifkv_arena_view(arena, ops->part_dtype, size * n, n_head);
+    x->own_part = ifkv_arena_view(arena, IFKV_DTYPE_F32, n, q + n_head);
+    x->lse = ifkv_arena_view(arena, IFKV_DTYPE_F32, n, n_head);
+}
+
+/* Upload the spans; stage holds 3 * copies or 2 * n_question values. */
+static ifkv_status question_begin(question_exchange *x, int64_t *stage) {
+    ifkv_backend *backend = x->base.backend;
+    const int64_t n = x->n_question, copies = x->n_chunk * n;
+    for (int64_t i = 0; i < copies; i++) {
+        stage[i] = i % n;
+        stage[copies + i] = x->chunk_slot[i / n];
+        stage[2 * copies + i] = x->chunk_slot[i / n + 1];
+    }
+    const size_t bytes = (size_t)copies * sizeof *stage;
+    IFKV_TRY(backend->ops->upload(backend, x->copy_row, stage, bytes));
+    IFKV_TRY(backend->ops->upload(backend, x->chunk_begin, stage + copies, bytes));
+    IFKV_TRY(backend->ops->upload(backend, x->chunk_end, stage + 2 * copies, bytes));
+    for (int64_t i = 0; i < n; i++) {
+        stage[i] = 0;
+        stage[n + i] = i + 1;
+    }
+    IFKV_TRY(backend->ops->upload(backend, x->own_begin, stage, (size_t)n * sizeof *stage));
+    return backend->ops->upload(backend, x->own_end, stage + n, (size_t)n * sizeof *stage);
+}
+
+static ifkv_status question_store(ifkv_exchange *exchange, int layer, const ifkv_view *k,
+                                  const ifkv_view *v) {
+    question_exchange *x = (question_exchange *)exchange;
+    (void)layer;
+    x->k = *k;
+    x->v = *v;
+    return IFKV_OK;
+}
+
+static ifkv_status attend_part(question_exchange *x, const ifkv_view *q, const ifkv_view *k,
+                               const ifkv_view *v, const int64_t *begin, const int64_t *end,
+                               const ifkv_view *part) {
+    const ifkv_exchange_shape *shape = &x->base.shape;
+    const int64_t cols = (int64_t)shape->n_head * shape->d_head;
+    const ifkv_attention_args args = {
+        .n_head = shape->n_head,
+        .n_kv_head = shape->n_kv_head,
+        .d_head = shape->d_head,
+        .scale = x->base.scale,
+        .q = *q,
+        .k = *k,
+        .v = *v,
+        .begin = begin,
+        .end = end,
+        .out = ifkv_view_block(part, 0, part->n_row, 0, cols),
+        .lse = ifkv_view_block(part, 0, part->n_row, cols, shape->n_head),
+    };
+    return x->base.backend->ops->attention(x->base.backend, &args);
+}
+
+/* Merge n_part parts of n_question rows each, listed in x->views as outs, then lses. */
+static ifkv_status merge_parts(question_exchange *x, int n_part, const ifkv_view *out,
+                               const ifkv_view *lse) {
+    const ifkv_merge_args args = {
+        .n_head = x->base.shape.n_head,
+        .d_head = x->base.shape.d_head,
+        .n_part = n_part,
+        .out_part = x->views,
+        .lse_part = x->views + n_part,
+        .out = *out,
+        .lse = *lse,
+    };
+    return x->base.backend->ops->merge(x->base.backend, &args);
+}
+
+/* Split part i of n_part, rows of q + n_head columns, into the lists of views. */
+static void list_part(question_exchange *x, int64_t i, int64_t n_part, const ifkv_view *part) {
+    const int64_t n_head = x->base.shape.n_head, cols = n_head * x->base.shape.d_head;
+    x->views[i] = ifkv_view_block(part, 0, part->n_row, 0, cols);
+    x->views[n_part + i] = ifkv_view_block(part, 0, part->n_row, cols, n_head);
+}
+
+/* This rank's part: attention over each of its chunks, merged in chunk order. */
+static ifkv_status attend_chunks(question_exchange *x, int layer, const ifkv_view *q,
+                                 const ifkv_kvcache *cache) {
+    ifkv_backend *backend = x->base.backend;
+    const int64_t n = x->n_question, rank = x->base.comm->rank, n_head = x->base.shape.n_head;
+    const ifkv_view k = ifkv_kvcache_k(cache, layer), v = ifkv_kvcache_v(cache, layer);
+    IFKV_TRY(backend->ops->gather(backend, q, x->copy_row, &x->copies));
+    IFKV_TRY(attend_part(x, &x->copies, &k, &v, x->chunk_begin, x->chunk_end, &x->chunk_part));
+    for (int64_t i = 0; i < x->n_chunk; i++) {
+        const ifkv_view part = ifkv_view_rows(&x->chunk_part, i * n, n);
+        list_part(x, i, x->n_chunk, &part);
+    }
+    const int64_t cols = n_head * x->base.shape.d_head;
+    ifkv_view out = ifkv_view_block(&x->rank_part, rank * n, n, 0, cols);
+    ifkv_view lse = ifkv_view_block(&x->rank_part, rank * n, n, cols, n_head);
+    if (x->is_lse_only) {
+        out.data = NULL;
+        lse = ifkv_view_rows(&x->rank_lse, rank * n, n);
+    }
+    return merge_parts(x, (int)x->n_chunk, &out, &lse);
+}
+
+static ifkv_status gather_parts(question_exchange *x) {
+    ifkv_comm *comm = x->base.comm;
+    const ifkv_view *all = x->is_lse_only ? &x->rank_lse : &x->rank_part;
+    const size_t bytes = (size_t)(x->n_question * all->stride) * ifkv_dtype_bytes(all->dtype);
+    for (int r = 0; r < comm->size; r++) {
+        x->bytes[r] = bytes;
+        x->offset[r] = (size_t)r * bytes;
+    }
+    return ifkv_comm_all_gather(comm, (char *)all->data + x->offset[comm->rank], all->data,
+                                x->bytes, x->offset);
+}
+
+static ifkv_status question_attend(ifkv_exchange *exchange, int layer, const ifkv_view *q,
+                                   const ifkv_view *attended) {
+    question_exchange *x = (question_exchange *)exchange;
+    const int64_t n = x->n_question;
+    const int size = exchange->comm->size, n_part = size + 1;
+    IFKV_TRY(attend_chunks(x, layer, q, exchange->cache));
+    IFKV_TRY(gather_parts(x));
+    IFKV_TRY(attend_part(x, q, &x->k, &x->v, x->own_begin, x->own_end, &x->own_part));
+    for (int r = 0; r < size; r++) {
+        const ifkv_view part = ifkv_view_rows(&x->rank_part, r * n, n);
+        list_part(x, r, n_part, &part);
+        if (x->is_lse_only) x->views[n_part + r] = ifkv_view_rows(&x->rank_lse, r * n, n);
+    }
+    list_part(x, size, n_part, &x->own_part);
+    ifkv_view out = *attended;
+    if (x->is_lse_only) out.data = NULL;
+    return merge_parts(x, n_part, &out, &x->lse);
+}
+
+static const ifkv_exchange_ops question_ops = {
+    .name = "question",
+    .struct_bytes = sizeof(question_exchange),
+    .store = question_store,
+    .attend = question_attend,
+    .explain = "replicated question rows see the context of every rank",
+};
+
+static ifkv_status infoflow_init(ifkv_selector *selector) {
+    select_infoflow *self = (select_infoflow *)selector;
+    const ifkv_select_input *input = &selector->input;
+    self->exchange.base.ops = &question_ops;
+    self->exchange.base.cache = (ifkv_kvcache *)input->cache;
+    IFKV_TRY(question_init(&self->exchange, input));
+    self->gathered = malloc((size_t)input->placement->n_context * sizeof *self->gathered);
+    IFKV_REQUIRE(self->gathered, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
+                 "selector infoflow: out of host memory");
+    return ifkv_pass_init(&self->pass, input->model, input->frequency, input->n_question, 1);
+}
+
+static void infoflow_fini(ifkv_selector *selector) {
+    select_infoflow *self = (select_infoflow *)selector;
+    free(self->exchange.chunk_slot);
+    free(self->exchange.views);
+    free(self->exchange.bytes);
+    free(self->gathered);
+    ifkv_pass_fini(&self->pass);
+}
+
+static void infoflow_layout(ifkv_selector *selector, ifkv_arena *arena) {
+    select_infoflow *self = (select_infoflow *)selector;
+    const ifkv_select_input *input = &selector->input;
+    const size_t mark = ifkv_arena_mark(arena);
+    self->score = ifkv_arena_take(arena, kept_rows(input), sizeof *self->score);
+    question_layout(&self->exchange, arena);
+    ifkv_pass_layout(&self->pass, arena, input->backend->ops->dtype);
+    ifkv_arena_reset(arena, mark); /* choosing comes after scoring */
+    self->value = ifkv_arena_take(arena, input->placement->n_context, sizeof *self->value);
+    self->scratch = ifkv_arena_take(arena, input->placement->n_context, sizeof *self->scratch);
+    self->chosen = ifkv_arena_take(arena, input->budget, sizeof *self->chosen);
+}
+
+static ifkv_status begin_question(select_infoflow *self) {
+    const ifkv_select_input *input = &self->base.input;
+    const int64_t n = input->n_question, copies = self->exchange.n_chunk * n;
+    int64_t *stage = malloc(((size_t)(3 * copies) + 2 * (size_t)n) * sizeof *stage);
+    IFKV_REQUIRE(stage, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "selector infoflow: out of host memory");
+    ifkv_status status = question_begin(&self->exchange, stage);
+    for (int64_t i = 0; i < n; i++) stage[i] = input->placement->n_context + i;
+    if (status == IFKV_OK)
+        status = ifkv_pass_begin(&self->pass, input->backend, n, input->question, stage, 1,
+                                 (int64_t[]){0, n});
+    free(stage);
+    return status;
+}
+
+/* Add one scoring layer, and look at what has come so far: a score that is not finite and >= 0
+ * names its layer and row. */
+static ifkv_status score_layer(select_infoflow *self, int layer) {
+    const ifkv_select_input *input = &self->base.input;
+    const question_exchange *x = &self->exchange;
+    const ifkv_exchange_shape *shape = &x->base.shape;
+    const int64_t n_row = kept_rows(input);
+    ifkv_view k = ifkv_kvcache_k(input->cache, layer);
+    k.n_row = n_row;
+    const ifkv_score_args args = {
+        .n_head = shape->n_head,
+        .n_kv_head = shape->n_kv_head,
+        .d_head = shape->d_head,
+        .scale = x->base.scale,
+        .weight = input->form == IFKV_SCORE_MASS ? 1.0f : 1.0f / (float)input->n_score_layer,
+        .form = input->form,
+        .q = ifkv_view_block(&self->pass.qkv, 0, x->n_question, 0,
+                             (int64_t)shape->n_head * shape->d_head),
+        .lse = x->lse,
+        .k = k,
+        .block = x->chunk_slot,
+        .n_block = x->n_chunk,
+        .score = self->score,
+    };
+    IFKV_TRY(input->backend->ops->score(input->backend, &args));
+    float *seen = self->gathered;
+    IFKV_TRY(input->backend->ops->download(input->backend, seen, self->score,
+                                           (size_t)n_row * sizeof *seen));
+    for (int64_t i = 0; i < n_row; i++)
+        IFKV_REQUIRE(
+            isfinite(seen[i]) && seen[i] >= 0, IFKV_ERR_NUMERIC, IFKV_E_NOT_FINITE,
+            "score of layer %d, index %lld: got %g, expected a finite number of at least 0", layer,
+            (long long)input->cache->index[i], (double)seen[i]);
+    return IFKV_OK;
+}
+
+static ifkv_status run_layers(select_infoflow *self) {
+    const ifkv_select_input *input = &self->base.input;
+    const int last = input->score_layer[input->n_score_layer - 1];
+    ifkv_status bad = IFKV_OK; /* one rank's bad score must not keep it from the next collective */
+    for (int layer = 0, i = 0; layer <= last; layer++) {
+        self->exchange.is_lse_only = layer == last;
+        IFKV_TRY(ifkv_layer_run(&self->pass, layer, &self->exchange.base,
+                                IFKV_LAYER_Q | IFKV_LAYER_KV | IFKV_LAYER_ATTEND));
+        if (layer == input->score_layer[i]) {
+            if (bad == IFKV_OK) bad = score_layer(self, layer);
+            i++;
+        }
+        if (layer < last)
+            IFKV_TRY(ifkv_layer_run(&self->pass, layer, &self->exchange.base, IFKV_LAYER_FINISH));
+        if (input->progress)
+            input->progress(input->progress_arg, IFKV_STAGE_SCORE, layer + 1, last + 1);
+    }
+    return ifkv_comm_agree(input->comm, bad, NULL);
+}
+
+/* Gather the ranks' scores, and put them from rank-major into index order. */
+static ifkv_status gather_scores(select_infoflow *self, float *score) {
+    const ifkv_select_input *input = &self->base.input;
+    const ifkv_placement *placement = input->placement;
+    size_t *bytes = self->exchange.bytes, *offset = self->exchange.offset, total = 0;
+    for (int r = 0; r < input->comm->size; r++) {
+        bytes[r] = (size_t)ifkv_placement_kept_rows(placement, r) * sizeof *score;
+        offset[r] = total;
+        total += bytes[r];
+    }
+    char *all = (char *)self->gathered, *own = all + offset[input->comm->rank];
+    IFKV_TRY(
+        input->backend->ops->download(input->backend, own, self->score, bytes[input->comm->rank]));
+    IFKV_TRY(ifkv_comm_all_gather(input->comm, own, all, bytes, offset));
+    for (int64_t i = 0; i < placement->n_chunk; i++) {
+        const size_t n = (size_t)(placement->offset[i + 1] - placement->offset[i]) * sizeof *score;
+        size_t *from = &offset[placement->rank[i]]; /* chunks of a rank come in ascending order */
+        memcpy(score + placement->offset[i], all + *from, n);
+        *from += n;
+    }
+    return IFKV_OK;
+}
+
+static ifkv_status infoflow_score(ifkv_selector *selector, float *score) {
+    select_infoflow *self = (select_infoflow *)selector;
+    const ifkv_select_input *input = &selector->input;
+    const size_t bytes = (size_t)kept_rows(input) * sizeof *self->score;
+    IFKV_TRY(begin_question(self));
+    memset(self->gathered, 0, bytes);
+    IFKV_TRY(input->backend->ops->upload(input->backend, self->score, self->gathered, bytes));
+    IFKV_TRY(run_layers(self));
+    return gather_scores(self, score);
+}
+
+static ifkv_status infoflow_choose(ifkv_selector *selector, const float *score, int64_t *selected) {
+    select_infoflow *self = (select_infoflow *)selector;
+    ifkv_backend *backend = selector->input.backend;
+    const int64_t first = ifkv_select_first(selector->input.placement), k = selector->input.budget;
+    const int64_t n = selector->input.placement->n_context - first;
+    IFKV_TRY(backend->ops->upload(backend, self->value, score + first, (size_t)n * sizeof *score));
+    IFKV_TRY(backend->ops->top_k(backend, self->value, n, k, self->scratch, self->chosen));
+    IFKV_TRY(backend->ops->download(backend, selected, self->chosen, (size_t)k * sizeof *selected));
+    for (int64_t i = 0; i < k; i++) selected[i] += first;
+    return IFKV_OK;
+}
+
+const ifkv_select_ops ifkv_select_infoflow_ops = {
+    .name = "infoflow",
+    .struct_bytes = sizeof(select_infoflow),
+    .has_scores = true,
+    .budget = ifkv_select_by_ratio,
+    .init = infoflow_init,
+    .fini = infoflow_fini,
+    .layout = infoflow_layout,
+    .score = infoflow_score,
+    .choose = infoflow_choose,
+    .explain = "recompute the rows that the question attends to most",
+};

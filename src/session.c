@@ -1,0 +1,464 @@
+/* Plan a session: validation, host arrays, arena layout.  See session.h. */
+#include "session.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_CHUNKS = 65536 };
+static const int64_t max_tokens = INT32_MAX;
+
+static ifkv_status check_tokens(const char *name, const int32_t *token, int64_t n,
+                                int64_t n_vocab) {
+    IFKV_REQUIRE(n == 0 || token, IFKV_ERR_USAGE, IFKV_E_STRUCT,
+                 "request.%s: got NULL for %lld tokens", name, (long long)n);
+    for (int64_t i = 0; i < n; i++)
+        IFKV_REQUIRE(token[i] >= 0 && token[i] < n_vocab, IFKV_ERR_DATA, IFKV_E_REQUEST_TOKEN,
+                     "request /%s/%lld: token id out of range: got %d, expected 0 to %lld", name,
+                     (long long)i, token[i], (long long)n_vocab - 1);
+    return IFKV_OK;
+}
+
+static ifkv_status check_chunks(const ifkv_request *request) {
+    IFKV_REQUIRE(request->n_chunk >= 1 && request->n_chunk <= MAX_CHUNKS &&
+                     request->chunk_offsets && request->chunk_offsets[0] == 0,
+                 IFKV_ERR_DATA, IFKV_E_REQUEST_LENGTH,
+                 "request /chunks: got %lld chunks, expected 1 to %d", (long long)request->n_chunk,
+                 MAX_CHUNKS);
+    for (int64_t i = 0; i < request->n_chunk; i++)
+        IFKV_REQUIRE(request->chunk_offsets[i] < request->chunk_offsets[i + 1] &&
+                         request->chunk_offsets[i + 1] <= max_tokens,
+                     IFKV_ERR_DATA, IFKV_E_REQUEST_LENGTH,
+                     "request /chunks/%lld: got %lld tokens, expected at least 1", (long long)i,
+                     (long long)(request->chunk_offsets[i + 1] - request->chunk_offsets[i]));
+    return IFKV_OK;
+}
+
+static ifkv_status check_request(const ifkv_config *config, const ifkv_request *request,
+                                 int64_t max_new) {
+    IFKV_TRY(check_chunks(request));
+    const int64_t n_chunk_token = request->chunk_offsets[request->n_chunk];
+    IFKV_REQUIRE(request->n_prompt >= 1 && request->n_prompt <= max_tokens, IFKV_ERR_DATA,
+                 IFKV_E_REQUEST_LENGTH, "request /prompt: got %lld tokens, expected at least 1",
+                 (long long)request->n_prompt);
+    IFKV_REQUIRE(request->n_prefix >= 0 && request->n_prefix <= max_tokens &&
+                     request->n_question >= 0 && request->n_question <= max_tokens,
+                 IFKV_ERR_DATA, IFKV_E_REQUEST_LENGTH, "request: got a negative length");
+    IFKV_TRY(check_tokens("prefix", request->prefix, request->n_prefix, config->n_vocab));
+    IFKV_TRY(check_tokens("chunks", request->chunk_tokens, n_chunk_token, config->n_vocab));
+    IFKV_TRY(check_tokens("prompt", request->prompt, request->n_prompt, config->n_vocab));
+    IFKV_TRY(check_tokens("question", request->question, request->n_question, config->n_vocab));
+    const int64_t total = request->n_prefix + n_chunk_token + request->n_prompt + max_new;
+    IFKV_REQUIRE(total <= config->max_position, IFKV_ERR_DATA, IFKV_E_REQUEST_LENGTH,
+                 "request: sequence too long for the model: got %lld tokens (prefix %lld, context "
+                 "%lld, prompt %lld, "
+                 "new %lld), expected at most max_position_embeddings %lld",
+                 (long long)total, (long long)request->n_prefix, (long long)n_chunk_token,
+                 (long long)request->n_prompt, (long long)max_new, (long long)config->max_position);
+    return IFKV_OK;
+}
+
+/* Chunk bounds as they will be encoded: as given, or re-cut every options.chunk tokens. */
+static ifkv_status cut_chunks(ifkv_session *session) {
+    const ifkv_request *request = &session->request;
+    const int64_t n_token = request->chunk_offsets[request->n_chunk],
+                  chunk = session->options.chunk;
+    session->n_given = chunk ? (n_token + chunk - 1) / chunk : request->n_chunk;
+    IFKV_REQUIRE(session->n_given <= MAX_CHUNKS, IFKV_ERR_DATA, IFKV_E_REQUEST_LENGTH,
+                 "request: got %lld chunks of %lld tokens, expected at most %d",
+                 (long long)session->n_given, (long long)chunk, MAX_CHUNKS);
+    const size_t n = (size_t)session->n_given + 1;
+    session->given_offsets = malloc(n * sizeof *session->given_offsets);
+    session->chunk_index = malloc(n * sizeof *session->chunk_index);
+    IFKV_REQUIRE(session->given_offsets && session->chunk_index, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
+                 "session: out of host memory");
+    for (int64_t i = 0; i <= session->n_given; i++) {
+        const int64_t cut = chunk ? i * chunk : request->chunk_offsets[i];
+        session->given_offsets[i] = cut < n_token ? cut : n_token;
+        session->chunk_index[i] = i ? request->n_prefix + session->given_offsets[i] : 0;
+    }
+    return IFKV_OK;
+}
+
+static ifkv_status find_placement(const char *name, ifkv_placement_kind *kind_p) {
+    static const char *const names[] = {[IFKV_PLACE_ZIGZAG] = "zigzag",
+                                        [IFKV_PLACE_CONTIGUOUS] = "contiguous",
+                                        [IFKV_PLACE_LONGEST] = "longest"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if (name && strcmp(name, names[i])) continue;
+        *kind_p = (ifkv_placement_kind)i; /* without a name the first */
+        return IFKV_OK;
+    }
+    char shown[IFKV_QUOTE_BYTES];
+    return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_VALUE,
+                     "placement: got \"%s\", expected zigzag, contiguous or longest",
+                     ifkv_quote(name, strlen(name), shown));
+}
+
+static ifkv_status place(ifkv_session *session) {
+    const ifkv_config *config = &session->engine->model.config;
+    const double q_cols = (double)config->n_head * config->d_head,
+                 kv_cols = (double)config->n_kv_head * config->d_head;
+    const ifkv_encode_cost cost = {
+        .per_row = 2.0 * config->n_layer * config->d_model *
+                   (2 * q_cols + 2 * kv_cols + 3.0 * config->d_ff),
+        .per_pair = 4.0 * config->n_layer * q_cols,
+    };
+    const int size = session->engine->comm->size;
+    const ifkv_request *request = &session->request;
+    if (!strcmp(session->method, "full")) {
+        const int64_t whole[2] = {0, session->given_offsets[session->n_given]};
+        return ifkv_placement_init(&session->placement, IFKV_PLACE_FIRST, size, request->n_prefix,
+                                   1, whole, cost);
+    }
+    ifkv_placement_kind kind = IFKV_PLACE_ZIGZAG;
+    IFKV_TRY(find_placement(session->options.placement, &kind));
+    return ifkv_placement_init(&session->placement, kind, size, request->n_prefix, session->n_given,
+                               session->given_offsets, cost);
+}
+
+/* Sequence, question and the description of this rank's rows. */
+static ifkv_status list_tokens(ifkv_session *session) {
+    const ifkv_request *request = &session->request;
+    const ifkv_placement *placement = &session->placement;
+    const int rank = session->engine->comm->rank;
+    const bool has_question = request->n_question > 0 && session->options.score_rows == NULL;
+    session->n_question = has_question ? request->n_question : request->n_prompt;
+    session->n_kept = ifkv_placement_kept_rows(placement, rank);
+    const int64_t n_token = session->n_context + session->n_prompt + session->max_new;
+    session->token = malloc((size_t)n_token * sizeof *session->token);
+    session->question = malloc((size_t)session->n_question * sizeof *session->question + 1);
+    session->cache_index =
+        malloc((size_t)(session->n_kept + session->n_tail + 1) * sizeof *session->cache_index);
+    session->position = malloc((size_t)session->n_kept * sizeof *session->position + 1);
+    session->kept_token = malloc((size_t)session->n_kept * sizeof *session->kept_token + 1);
+    session->recomputed = calloc((size_t)session->n_kept + 1, 1);
+    session->answer = malloc((size_t)session->max_new * sizeof *session->answer + 1);
+    IFKV_REQUIRE(session->token && session->question && session->cache_index && session->position &&
+                     session->kept_token && session->recomputed && session->answer,
+                 IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session: out of host memory");
+    memcpy(session->question, has_question ? request->question : request->prompt,
+           (size_t)session->n_question * sizeof *session->question);
+    if (request->n_prefix)
+        memcpy(session->token, request->prefix, (size_t)request->n_prefix * sizeof *session->token);
+    memcpy(session->token + request->n_prefix, request->chunk_tokens,
+           (size_t)(session->n_context - request->n_prefix) * sizeof *session->token);
+    memcpy(session->token + session->n_context, request->prompt,
+           (size_t)session->n_prompt * sizeof *session->token);
+    int64_t n = 0;
+    for (int64_t i = 0; i < placement->n_chunk; i++)
+        for (int64_t index = placement->offset[i];
+             placement->rank[i] == rank && index < placement->offset[i + 1]; index++, n++) {
+            session->cache_index[n] = session->position[n] = index;
+        }
+    return IFKV_OK;
+}
+
+/* Rows that encode runs on this rank: for each chunk its prefix copy at shifted positions, then its
+ * own rows. */
+static ifkv_status list_encode_rows(ifkv_session *session) {
+    const ifkv_placement *placement = &session->placement;
+    const int rank = session->engine->comm->rank;
+    session->n_encoded = ifkv_placement_encoded_rows(placement, rank);
+    session->n_chunk = ifkv_placement_chunks(placement, rank);
+    const size_t n = (size_t)session->n_encoded;
+    session->encode_begin = malloc(((size_t)session->n_chunk + 1) * sizeof *session->encode_begin);
+    session->encode_token = malloc(n * sizeof *session->encode_token + 1);
+    session->encode_position = malloc(n * sizeof *session->encode_position + 1);
+    session->encode_stage = malloc(3 * n * sizeof *session->encode_stage + 1);
+    IFKV_REQUIRE(session->encode_begin && session->encode_token && session->encode_position &&
+                     session->encode_stage,
+                 IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session: out of host memory");
+    int64_t row = 0, n_chunk = 0, n_kept = 0;
+    int64_t *begin = session->encode_stage, *end = begin + n, *kept = end + n;
+    for (int64_t i = 0; i < placement->n_chunk; i++) {
+        if (placement->rank[i] != rank) continue;
+        const int64_t dropped = ifkv_placement_dropped(placement, i), first = row;
+        session->encode_begin[n_chunk++] = first;
+        /* row a of the chunk is rotated at a + o_i - p, so that kept rows land at their index */
+        for (int64_t position = placement->offset[i] - dropped; position < placement->offset[i + 1];
+             position++, row++) {
+            session->encode_position[row] = position;
+            begin[row] = first;
+            end[row] = row + 1;
+            if (position >= placement->offset[i]) kept[n_kept++] = row;
+        }
+    }
+    session->encode_begin[n_chunk] = row;
+    const int64_t groups = session->n_chunk;
+    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->frequency,
+                          session->n_encoded, groups);
+}
+
+void ifkv_session_spread_tokens(ifkv_session *session) {
+    const ifkv_placement *placement = &session->placement;
+    const int64_t *kept = session->encode_stage + 2 * session->n_encoded;
+    for (int64_t i = 0, row = 0; i < placement->n_chunk; i++) {
+        if (placement->rank[i] != session->engine->comm->rank) continue;
+        const int64_t dropped = ifkv_placement_dropped(placement, i);
+        const int64_t n = dropped + placement->offset[i + 1] - placement->offset[i];
+        memcpy(session->encode_token + row, session->token,
+               (size_t)dropped * sizeof *session->token);
+        memcpy(session->encode_token + row + dropped, session->token + placement->offset[i],
+               (size_t)(n - dropped) * sizeof *session->token);
+        row += n;
+    }
+    for (int64_t i = 0; i < session->n_kept; i++)
+        session->kept_token[i] = session->encode_token[kept[i]];
+}
+
+static ifkv_status copy_given_selection(ifkv_session *session) {
+    const int64_t first = ifkv_select_first(&session->placement), n = session->options.n_selected;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t index = session->options.selected[i],
+                      above = i ? session->options.selected[i - 1] : first - 1;
+        IFKV_REQUIRE(index > above && index < session->n_context, IFKV_ERR_USAGE, IFKV_E_VALUE,
+                     "selected[%lld]: got %lld, expected ascending indices from %lld to %lld",
+                     (long long)i, (long long)index, (long long)first,
+                     (long long)session->n_context - 1);
+        session->selected[i] = index;
+    }
+    return IFKV_OK;
+}
+
+static void print_score_layers(ifkv_session *session, const ifkv_select_input *input) {
+    size_t used = 0;
+    for (int i = 0; i < input->n_score_layer && used < sizeof session->score_layers; i++)
+        used += (size_t)snprintf(session->score_layers + used, sizeof session->score_layers - used,
+                                 "%s%d", i ? "," : "", input->score_layer[i]);
+}
+
+static ifkv_status plan_selection(ifkv_session *session) {
+    const ifkv_prefill_options *options = &session->options;
+    const ifkv_engine *engine = session->engine;
+    const bool is_full = !strcmp(session->method, "full");
+    const ifkv_select_ops *ops = ifkv_select_find(is_full ? "none" : session->method);
+    ifkv_select_input input = {
+        .backend = engine->backend,
+        .comm = engine->comm,
+        .model = &engine->model,
+        .frequency = engine->frequency,
+        .placement = &session->placement,
+        .cache = &session->cache,
+        .n_question = session->n_question,
+        .question = session->question,
+        .seed = options->seed,
+        .progress = options->progress,
+        .progress_arg = options->progress_arg,
+    };
+    int64_t num = 0, den = 1;
+    IFKV_TRY(ifkv_ratio_parse(options->ratio ? options->ratio : "0.15", &num, &den));
+    IFKV_TRY(ifkv_score_form_parse(options->score ? options->score : "l2", &input.form));
+    IFKV_TRY(ifkv_score_layers_parse(options->score_layers ? options->score_layers : "published",
+                                     engine->model.config.n_layer, &input));
+    const int64_t n_eligible = session->n_context - ifkv_select_first(&session->placement);
+    input.budget = options->selected ? options->n_selected
+                                     : ops->budget(num, den, session->n_context, n_eligible);
+    IFKV_REQUIRE(input.budget >= 0 && input.budget <= n_eligible, IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "n_selected: got %lld, expected 0 to %lld", (long long)input.budget,
+                 (long long)n_eligible);
+    session->n_selected = input.budget;
+    session->selected = malloc((size_t)input.budget * sizeof *session->selected + 1);
+    IFKV_REQUIRE(session->selected, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
+                 "session: out of host memory");
+    if (options->selected) return copy_given_selection(session);
+
+    const bool is_scoring = ops->has_scores && (input.budget > 0 || options->keep_scores);
+    if (is_scoring) {
+        print_score_layers(session, &input);
+        session->scores = malloc((size_t)session->n_context * sizeof *session->scores);
+        IFKV_REQUIRE(session->scores, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
+                     "session: out of host memory");
+    } else if (ops->has_scores) {
+        ops = &ifkv_select_none_ops; /* nothing to choose from: do not look either */
+    }
+    return ifkv_selector_create(ops, &input, &session->selector);
+}
+
+/* Exchange and buffers for up to max_row rows over all ranks, max_home of them here. */
+static ifkv_status plan_rows(ifkv_session *session, const char *exchange, int64_t max_row,
+                             int64_t max_home, ifkv_pass *pass, ifkv_exchange **exchange_p) {
+    const ifkv_engine *engine = session->engine;
+    const ifkv_config *config = &engine->model.config;
+    const ifkv_exchange_shape shape = {
+        .n_head = config->n_head,
+        .n_kv_head = config->n_kv_head,
+        .d_head = config->d_head,
+        .n_layer = config->n_layer,
+        .max_row = max_row,
+        .max_home = max_home,
+        .n_prefix = session->request.n_prefix,
+        .prefix_rank = session->placement.rank[0],
+    };
+    IFKV_TRY(ifkv_exchange_create(exchange, engine->backend, engine->comm, &session->cache, &shape,
+                                  exchange_p));
+    return ifkv_pass_init(pass, &engine->model, engine->frequency, max_home, 1);
+}
+
+static ifkv_status plan_passes(ifkv_session *session) {
+    const ifkv_comm *comm = session->engine->comm;
+    const int64_t k = session->n_selected, n_prompt = session->n_prompt;
+    const ifkv_exchange_ops *ops = ifkv_exchange_find(session->exchange_name);
+    int64_t home = ifkv_deal_count(k, comm->size, comm->rank);
+    if (ops && ops->is_home_owner) home = k < session->n_kept ? k : session->n_kept;
+    IFKV_TRY(plan_rows(session, session->exchange_name, k, home, &session->recompute,
+                       &session->exchange));
+    home = ifkv_deal_count(n_prompt, session->placement.n_tail_rank, comm->rank);
+    IFKV_TRY(
+        plan_rows(session, "query", n_prompt, home, &session->prompt, &session->prompt_exchange));
+
+    const size_t rows = (size_t)(k > n_prompt ? k : n_prompt);
+    session->pass_index = malloc(rows * sizeof *session->pass_index);
+    session->pass_home = malloc(rows * sizeof *session->pass_home);
+    session->pass_owner = malloc(rows * sizeof *session->pass_owner);
+    session->home_token = malloc(rows * sizeof *session->home_token);
+    session->home_position = malloc(rows * sizeof *session->home_position);
+    IFKV_REQUIRE(session->pass_index && session->pass_home && session->pass_owner &&
+                     session->home_token && session->home_position,
+                 IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session: out of host memory");
+    if (comm->rank == 0) {
+        const size_t bytes =
+            (size_t)session->engine->model.config.n_vocab * sizeof *session->logits;
+        session->logits = malloc(bytes);
+        session->first_logits = malloc(bytes);
+        IFKV_REQUIRE(session->logits && session->first_logits, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
+                     "session: out of host memory");
+    }
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_options) {
+    ifkv_prefill_options options;
+    IFKV_TRY(ifkv_struct_read(&options, sizeof options, caller_options, "prefill_options"));
+    char shown[IFKV_QUOTE_BYTES];
+    const char *method = options.method, *exchange = options.exchange, *rows = options.score_rows;
+    int64_t num, den;
+    ifkv_score_form form;
+    ifkv_placement_kind kind;
+    ifkv_select_input *layers;
+    IFKV_REQUIRE(!method || !strcmp(method, "full") || ifkv_select_find(method), IFKV_ERR_USAGE,
+                 IFKV_E_VALUE, "method: got \"%s\", expected infoflow, none, all, random or full",
+                 ifkv_quote(method, strlen(method), shown));
+    IFKV_REQUIRE(!exchange || ifkv_exchange_find(exchange), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "exchange: got \"%s\", expected query or local",
+                 ifkv_quote(exchange, strlen(exchange), shown));
+    IFKV_REQUIRE(!rows || !strcmp(rows, "question") || !strcmp(rows, "prompt"), IFKV_ERR_USAGE,
+                 IFKV_E_VALUE, "score-rows: got \"%s\", expected question or prompt",
+                 ifkv_quote(rows, strlen(rows), shown));
+    IFKV_TRY(ifkv_ratio_parse(options.ratio ? options.ratio : "0.15", &num, &den));
+    IFKV_TRY(ifkv_score_form_parse(options.score ? options.score : "l2", &form));
+    IFKV_TRY(find_placement(options.placement, &kind));
+    IFKV_REQUIRE(options.chunk >= 0 && options.chunk <= max_tokens, IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "chunk: got %lld, expected a number of tokens", (long long)options.chunk);
+    IFKV_REQUIRE(options.max_new >= 0 && options.max_new <= max_tokens, IFKV_ERR_USAGE,
+                 IFKV_E_VALUE, "max-new: got %lld, expected 0 or more", (long long)options.max_new);
+    if (!options.score_layers) return IFKV_OK;
+    /* the list's form; how many layers there are only the model knows */
+    layers = malloc(sizeof *layers);
+    IFKV_REQUIRE(layers, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "prefill_options: out of host memory");
+    const ifkv_status status = ifkv_score_layers_parse(options.score_layers, INT32_MAX, layers);
+    free(layers);
+    return status;
+}
+
+static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *request,
+                                  const ifkv_prefill_options *options) {
+    IFKV_TRY(ifkv_prefill_options_check(options));
+    IFKV_TRY(ifkv_struct_read(&session->request, sizeof session->request, request, "request"));
+    IFKV_TRY(
+        ifkv_struct_read(&session->options, sizeof session->options, options, "prefill_options"));
+    session->method = session->options.method ? session->options.method : "infoflow";
+    session->exchange_name = session->options.exchange ? session->options.exchange : "query";
+    const char *rows = session->options.score_rows;
+    if (rows && !strcmp(rows, "question")) session->options.score_rows = NULL;
+    session->max_new = session->options.max_new;
+    IFKV_TRY(check_request(&session->engine->model.config, &session->request, session->max_new));
+    const ifkv_request *r = &session->request;
+    session->n_context = r->n_prefix + r->chunk_offsets[r->n_chunk];
+    session->n_prompt = r->n_prompt;
+    session->n_tail = r->n_prompt + (session->max_new > 0 ? session->max_new - 1 : 0);
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *request,
+                                const ifkv_prefill_options *options, ifkv_session **session_p,
+                                size_t *arena_bytes_p) {
+    ifkv_session *session = calloc(1, sizeof *session);
+    IFKV_REQUIRE(session, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session: out of host memory");
+    ifkv_status status;
+    ifkv_arena arena = {0};
+    session->engine = (ifkv_engine *)engine;
+    IFKV_TRY_GOTO(status, read_arguments(session, request, options), err_destroy);
+    IFKV_TRY_GOTO(status, cut_chunks(session), err_destroy);
+    IFKV_TRY_GOTO(status, place(session), err_destroy);
+    IFKV_TRY_GOTO(status, list_tokens(session), err_destroy);
+    IFKV_TRY_GOTO(status, list_encode_rows(session), err_destroy);
+    IFKV_TRY_GOTO(status, plan_selection(session), err_destroy);
+    IFKV_TRY_GOTO(status, plan_passes(session), err_destroy);
+    ifkv_session_layout(session, &arena);
+    if (arena.is_overflown) {
+        status =
+            IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session: memory plan exceeds 64 bits");
+        goto err_destroy;
+    }
+    *arena_bytes_p = arena.peak;
+    *session_p = session;
+    return IFKV_OK;
+err_destroy:
+    ifkv_session_destroy(session);
+    return status;
+}
+
+void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena) {
+    const ifkv_engine *engine = session->engine;
+    const ifkv_config *config = &engine->model.config;
+    const ifkv_dtype dtype = engine->backend->ops->dtype;
+    const int64_t tail =
+        ifkv_placement_tail_rows(&session->placement, engine->comm->rank, session->n_tail);
+    ifkv_kvcache_layout(&session->cache, arena, dtype, config->n_layer,
+                        (int64_t)config->n_kv_head * config->d_head, session->n_kept + tail);
+    session->cache.index = session->cache_index;
+    session->cache.n_row = session->n_kept;
+    if (engine->comm->rank == 0)
+        session->logits_view = ifkv_arena_view(arena, IFKV_DTYPE_F32, 1, config->n_vocab);
+
+    const size_t mark = ifkv_arena_mark(arena); /* stages follow each other and share the rest */
+    ifkv_pass_layout(&session->encode, arena, dtype);
+    session->span_begin = ifkv_arena_take(arena, session->n_encoded, sizeof(int64_t));
+    session->span_end = ifkv_arena_take(arena, session->n_encoded, sizeof(int64_t));
+    session->kept_row = ifkv_arena_take(arena, session->n_kept, sizeof(int64_t));
+    session->encode_lse =
+        ifkv_arena_view(arena, IFKV_DTYPE_F32, session->n_encoded, config->n_head);
+    ifkv_arena_reset(arena, mark);
+    if (session->selector) session->selector->ops->layout(session->selector, arena);
+    ifkv_arena_reset(arena, mark);
+    ifkv_pass_layout(&session->recompute, arena, dtype);
+    session->exchange->ops->layout(session->exchange, arena);
+    ifkv_arena_reset(arena, mark);
+    ifkv_pass_layout(&session->prompt, arena, dtype);
+    session->prompt_exchange->ops->layout(session->prompt_exchange, arena);
+}
+
+void ifkv_session_destroy(ifkv_session *session) {
+    if (!session) return;
+    ifkv_selector_destroy(session->selector);
+    ifkv_exchange_destroy(session->exchange);
+    ifkv_exchange_destroy(session->prompt_exchange);
+    ifkv_pass_fini(&session->encode);
+    ifkv_pass_fini(&session->recompute);
+    ifkv_pass_fini(&session->prompt);
+    ifkv_placement_fini(&session->placement);
+    void *const owned[] = {
+        session->given_offsets, session->chunk_index,     session->token,
+        session->question,      session->cache_index,     session->encode_begin,
+        session->encode_token,  session->encode_position, session->encode_stage,
+        session->selected,      session->scores,          session->logits,
+        session->first_logits,  session->pass_index,      session->pass_home,
+        session->pass_owner,    session->home_token,      session->home_position,
+        session->answer,        session->recomputed,      session->position,
+        session->kept_token,
+    };
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    free(session);
+}

@@ -1,0 +1,96 @@
+/* Inside of a session: one request's timeline, planned whole before its first token.
+ *
+ * Owns the host arrays and lays out the arena; the stages that fill them are in prefill.c.
+ * Everything here but the token arrays is a pure function of lengths, options and the
+ * communicator's size, so every rank plans the same. */
+#ifndef IFKV_SRC_SESSION_H
+#define IFKV_SRC_SESSION_H
+
+#include "engine.h"
+#include "exchange.h"
+#include "select.h"
+
+struct ifkv_session {
+    ifkv_engine *engine;  /* borrowed */
+    ifkv_request request; /* arrays borrowed from the caller */
+    ifkv_prefill_options options;
+    const char *method, *exchange_name;
+
+    int64_t n_context, n_prompt, n_question, max_new,
+        n_tail;             /* n_tail: prompt and generated rows with K/V */
+    int64_t *given_offsets; /* [n_given + 1] chunk bounds in context tokens, after re-cutting */
+    int64_t n_given;        /* chunks of the request; a full prefill places them as one */
+    int64_t *chunk_index;   /* [n_given + 1] the same in index, for the K/V's description */
+    int32_t *token;         /* [n_context + n_prompt + max_new] the sequence */
+    int32_t *question;      /* [n_question] */
+    ifkv_placement placement;
+
+    ifkv_kvcache cache;
+    int64_t *cache_index; /* [cache.capacity] */
+    int64_t n_kept;       /* context rows of this rank */
+
+    /* Encode: the rows of this rank's chunks, each behind its prefix. */
+    ifkv_exchange chunk_exchange;
+    ifkv_pass encode;
+    int64_t n_encoded, n_chunk;     /* rows and chunks of this rank */
+    int64_t *encode_begin;          /* [n_chunk + 1] row groups */
+    int32_t *encode_token;          /* [n_encoded] */
+    int64_t *encode_position;       /* [n_encoded] */
+    int64_t *span_begin, *span_end; /* [n_encoded] back-end memory */
+    int64_t *kept_row;              /* [n_kept] encode row of each shard row; back-end memory */
+    ifkv_view encode_lse;           /* [n_encoded, n_head] written, never read */
+    int64_t *encode_stage;          /* [3 * n_encoded] host */
+
+    /* Select and recompute. */
+    ifkv_selector *selector; /* NULL if nothing can be selected */
+    int64_t n_selected;
+    int64_t *selected; /* [n_selected] */
+    float *scores;     /* [n_context]; NULL unless the method scores */
+    uint64_t selected_digest;
+    char score_layers[2048];
+    ifkv_exchange *exchange;
+    ifkv_pass recompute;
+
+    /* Prompt and decode. */
+    ifkv_exchange *prompt_exchange;
+    ifkv_pass prompt;
+    ifkv_view logits_view; /* [1, n_vocab] float32; rank 0 */
+    float *logits;         /* [n_vocab] host; rank 0: of the last row that ran */
+    float *first_logits;   /* [n_vocab] host; rank 0 */
+
+    /* Rows of the current recompute, prompt or decode pass. */
+    int64_t *pass_index;
+    int *pass_home, *pass_owner;
+    int32_t *home_token;
+    int64_t *home_position;
+
+    int32_t next_token; /* chosen, not yet run */
+    int32_t *answer;    /* [max_new] */
+    int64_t n_answer;
+    bool is_stopped;
+
+    double ms[IFKV_N_STAGE], ttft_ms;
+    int64_t bytes[IFKV_N_STAGE];
+    size_t planned_bytes;
+    uint8_t *recomputed; /* [n_kept] */
+    int64_t *position;   /* [n_kept] */
+    int32_t *kept_token; /* [n_kept] */
+};
+
+/* Validate request and options and make the host side of a session; the arena is not touched,
+ * *arena_bytes_p is what it must hold.  Local.  Errors: USAGE for options, DATA for the request,
+ * RESOURCE. */
+ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *request,
+                                const ifkv_prefill_options *options, ifkv_session **session_p,
+                                size_t *arena_bytes_p);
+/* Hand out the arena's memory. */
+void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena);
+/* Fill what derives from `token` once its ids are final: the rows that encode runs, the rows this
+ * rank keeps. */
+void ifkv_session_spread_tokens(ifkv_session *session);
+void ifkv_session_destroy(ifkv_session *session);
+
+/* The exchange of encode: a row sees its own chunk of this rank; kept rows go to the shard. */
+extern const ifkv_exchange_ops ifkv_exchange_chunk_ops;
+
+#endif

@@ -1,0 +1,250 @@
+/* The public session: run the stages, time them, hand out what they made.  See ifkv.h. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "prefill.h"
+
+const char *ifkv_stage_name(ifkv_stage stage) {
+    static const char *const names[IFKV_N_STAGE] = {"place",     "encode", "score", "select",
+                                                    "recompute", "prompt", "decode"};
+    return stage >= 0 && stage < IFKV_N_STAGE ? names[stage] : "unknown";
+}
+
+ifkv_status ifkv_engine_plan(const ifkv_engine *engine, const ifkv_request *request,
+                             const ifkv_prefill_options *options, size_t *bytes_p) {
+    IFKV_REQUIRE(engine && bytes_p, IFKV_ERR_USAGE, IFKV_E_STRUCT, "engine_plan: got NULL");
+    ifkv_session *session = NULL;
+    IFKV_TRY(ifkv_session_create(engine, request, options, &session, bytes_p));
+    ifkv_session_destroy(session);
+    return IFKV_OK;
+}
+
+/* Run one stage and add what it took and received. */
+static ifkv_status run_stage(ifkv_session *session, ifkv_stage stage,
+                             ifkv_status (*run)(ifkv_session *)) {
+    ifkv_engine *engine = session->engine;
+    const double begin = engine->backend->ops->clock_ms(engine->backend);
+    engine->comm->bytes_received = 0;
+    IFKV_TRY(run(session));
+    session->ms[stage] += engine->backend->ops->clock_ms(engine->backend) - begin;
+    session->bytes[stage] += engine->comm->bytes_received;
+    return IFKV_OK;
+}
+
+/* Plan and take memory.  The ids of rank 0 are everybody's: they are what the clock says they are,
+ * distributed here. */
+static ifkv_status place(ifkv_engine *engine, const ifkv_request *request,
+                         const ifkv_prefill_options *options, ifkv_session **session_p) {
+    size_t bytes = 0;
+    ifkv_session *session = NULL;
+    ifkv_status status = ifkv_session_create(engine, request, options, &session, &bytes);
+    if (status == IFKV_OK) status = ifkv_engine_reserve(engine, bytes);
+    status = ifkv_comm_agree(engine->comm, status, NULL);
+    if (status == IFKV_OK)
+        status = ifkv_comm_same(engine->comm, (uint64_t)session->n_context, "context length");
+    if (status == IFKV_OK)
+        status = ifkv_comm_same(engine->comm, (uint64_t)session->n_prompt, "prompt length");
+    if (status == IFKV_OK)
+        status = ifkv_comm_same(engine->comm, (uint64_t)session->n_question, "question length");
+    if (status != IFKV_OK) {
+        ifkv_session_destroy(session);
+        return status;
+    }
+    ifkv_arena arena = {.base = engine->arena};
+    ifkv_session_layout(session, &arena);
+    session->planned_bytes = bytes;
+    engine->has_session = true;
+    *session_p = session;
+    return IFKV_OK;
+}
+
+static ifkv_status distribute_ids(ifkv_session *session) {
+    ifkv_comm *comm = session->engine->comm;
+    const size_t n = (size_t)(session->n_context + session->n_prompt);
+    IFKV_TRY(ifkv_comm_bcast(comm, session->token, n * sizeof *session->token, 0));
+    IFKV_TRY(ifkv_comm_bcast(comm, session->question,
+                             (size_t)session->n_question * sizeof *session->question, 0));
+    ifkv_session_spread_tokens(session);
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
+                              const ifkv_prefill_options *options, ifkv_session **session_p) {
+    IFKV_REQUIRE(engine && session_p, IFKV_ERR_USAGE, IFKV_E_STRUCT, "session_open: got NULL");
+    IFKV_REQUIRE(!engine->has_session, IFKV_ERR_USAGE, IFKV_E_STATE,
+                 "session_open: the engine has an open session");
+    IFKV_REQUIRE(engine->model.base, IFKV_ERR_USAGE, IFKV_E_STATE,
+                 "session_open: the engine was opened to check only");
+    static const struct {
+        ifkv_stage stage;
+        ifkv_status (*run)(ifkv_session *);
+    } stages[] = {
+        {IFKV_STAGE_ENCODE, ifkv_prefill_encode}, {IFKV_STAGE_SCORE, ifkv_prefill_score},
+        {IFKV_STAGE_SELECT, ifkv_prefill_select}, {IFKV_STAGE_RECOMPUTE, ifkv_prefill_recompute},
+        {IFKV_STAGE_PROMPT, ifkv_prefill_prompt},
+    };
+    ifkv_backend *backend = engine->backend;
+    ifkv_session *session = NULL;
+    IFKV_TRY(ifkv_comm_barrier(engine->comm));
+    const double begin = backend->ops->clock_ms(backend);
+    engine->comm->bytes_received = 0;
+    IFKV_TRY(place(engine, request, options, &session));
+    ifkv_status status = distribute_ids(session);
+    session->ms[IFKV_STAGE_PLACE] = backend->ops->clock_ms(backend) - begin;
+    session->bytes[IFKV_STAGE_PLACE] = engine->comm->bytes_received;
+    for (size_t i = 0; i < sizeof stages / sizeof *stages && status == IFKV_OK; i++)
+        status = run_stage(session, stages[i].stage, stages[i].run);
+    if (status != IFKV_OK) {
+        ifkv_session_close(session);
+        return status;
+    }
+    session->ttft_ms = backend->ops->clock_ms(backend) - begin;
+    *session_p = session;
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_session_decode(ifkv_session *session) {
+    IFKV_REQUIRE(session, IFKV_ERR_USAGE, IFKV_E_STRUCT, "session_decode: got NULL");
+    return run_stage(session, IFKV_STAGE_DECODE, ifkv_prefill_decode);
+}
+
+void ifkv_session_close(ifkv_session *session) {
+    if (!session) return;
+    session->engine->has_session = false;
+    ifkv_session_destroy(session);
+}
+
+/* What differs between ranks: take the maximum, and of bytes also the sum. */
+static ifkv_status reduce_result(ifkv_session *session, ifkv_result *result) {
+    ifkv_engine *engine = session->engine;
+    int64_t value[2 * IFKV_N_STAGE + 3], total = 0;
+    for (int i = 0; i < IFKV_N_STAGE; i++) {
+        value[i] = (int64_t)(session->ms[i] * 1e6);
+        value[IFKV_N_STAGE + i] = session->bytes[i];
+        total += session->bytes[i];
+    }
+    /* the ranks of a thread communicator share one process: each reports its share */
+    const size_t peak = ifkv_resident_peak_bytes();
+    const int64_t used =
+        peak > engine->resident_before ? (int64_t)(peak - engine->resident_before) : 0;
+    const int n_shared = strcmp(engine->comm->ops->name, "thread") ? 1 : engine->comm->size;
+    value[2 * IFKV_N_STAGE] = engine->comm->rank == 0 ? (int64_t)(session->ttft_ms * 1e6) : 0;
+    value[2 * IFKV_N_STAGE + 1] = (int64_t)(engine->model.bytes + engine->arena_bytes);
+    value[2 * IFKV_N_STAGE + 2] = used / n_shared;
+    IFKV_TRY(ifkv_comm_all_reduce_i64(engine->comm, value, sizeof value / sizeof *value,
+                                      IFKV_REDUCE_MAX));
+    IFKV_TRY(ifkv_comm_all_reduce_i64(engine->comm, &total, 1, IFKV_REDUCE_SUM));
+    for (int i = 0; i < IFKV_N_STAGE; i++) {
+        result->ms[i] = (double)value[i] / 1e6;
+        result->bytes[i] = value[IFKV_N_STAGE + i];
+    }
+    result->bytes_total = total;
+    result->ttft_ms = (double)value[2 * IFKV_N_STAGE] / 1e6;
+    result->memory_weights = engine->model.bytes;
+    result->memory_planned = (size_t)value[2 * IFKV_N_STAGE + 1];
+    result->memory_peak = (size_t)value[2 * IFKV_N_STAGE + 2];
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_result) {
+    IFKV_REQUIRE(session, IFKV_ERR_USAGE, IFKV_E_STRUCT, "session_result: got NULL");
+    const ifkv_engine *engine = session->engine;
+    ifkv_result result = {
+        .method = session->method,
+        .exchange = strcmp(session->method, "full") ? session->exchange_name : "none",
+        .backend = engine->backend->ops->name,
+        .comm = engine->comm->ops->name,
+        .finish = session->is_stopped ? "stop" : "length",
+        .n_rank = engine->comm->size,
+        .n_context = session->n_context,
+        .n_chunk = session->n_given,
+        .n_prompt = session->n_prompt,
+        .n_selected = session->n_selected,
+        .selected_digest = session->selected_digest,
+        .selected = session->selected,
+        .scores = session->options.keep_scores ? session->scores : NULL,
+        .first_logits = session->first_logits,
+        .n_vocab = engine->model.config.n_vocab,
+        .answer = session->answer,
+        .n_answer = session->n_answer,
+        .score_layers = session->score_layers,
+    };
+    IFKV_TRY(reduce_result(session, &result));
+    return ifkv_struct_write(caller_result, &result, sizeof result, "result");
+}
+
+ifkv_status ifkv_session_kv_rows(const ifkv_session *session, ifkv_kv_rows *caller_rows) {
+    IFKV_REQUIRE(session, IFKV_ERR_USAGE, IFKV_E_STRUCT, "session_kv_rows: got NULL");
+    const ifkv_config *config = &session->engine->model.config;
+    const ifkv_kv_rows rows = {
+        .n_layer = config->n_layer,
+        .n_kv_head = config->n_kv_head,
+        .d_head = config->d_head,
+        .n_row = session->n_kept,
+        .n_chunk = session->n_given,
+        .index = session->cache_index,
+        .position = session->position,
+        .token = session->kept_token,
+        .recomputed = session->recomputed,
+        .chunk_offsets = session->chunk_index,
+    };
+    return ifkv_struct_write(caller_rows, &rows, sizeof rows, "kv_rows");
+}
+
+ifkv_status ifkv_session_kv_read(const ifkv_session *session, int layer, float *k, float *v) {
+    IFKV_REQUIRE(session && layer >= 0 && layer < session->cache.n_layer, IFKV_ERR_USAGE,
+                 IFKV_E_VALUE, "session_kv_read: got layer %d", layer);
+    ifkv_backend *backend = session->engine->backend;
+    const size_t bytes = (size_t)(session->n_kept * session->cache.n_col) * sizeof(float);
+    IFKV_TRY(
+        backend->ops->download(backend, k, ifkv_kvcache_k(&session->cache, layer).data, bytes));
+    return backend->ops->download(backend, v, ifkv_kvcache_v(&session->cache, layer).data, bytes);
+}
+
+/* Send every rank's rows of one matrix to rank 0, which puts its chunks where they belong. */
+static ifkv_status gather_rows(ifkv_session *session, const float *own, float *staged, float *to) {
+    const ifkv_placement *placement = &session->placement;
+    ifkv_comm *comm = session->engine->comm;
+    const size_t row = (size_t)session->cache.n_col * sizeof(float), size = (size_t)comm->size;
+    size_t *message = calloc(4 * size, sizeof *message);
+    IFKV_REQUIRE(message, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
+                 "session_kv_gather: out of host memory");
+    size_t *send = message, *send_at = send + size, *receive = send_at + size,
+           *receive_at = receive + size, total = 0;
+    send[0] = (size_t)session->n_kept * row;
+    for (size_t r = 0; r < size && comm->rank == 0; r++) {
+        receive_at[r] = total;
+        receive[r] = (size_t)ifkv_placement_kept_rows(placement, (int)r) * row;
+        total += receive[r];
+    }
+    const ifkv_status status =
+        ifkv_comm_all_to_all(comm, own, send, send_at, staged, receive, receive_at);
+    for (int64_t i = 0; i < placement->n_chunk && comm->rank == 0 && status == IFKV_OK; i++) {
+        const size_t bytes = (size_t)(placement->offset[i + 1] - placement->offset[i]) * row;
+        size_t *from = &receive_at[placement->rank[i]];
+        memcpy((char *)to + (size_t)placement->offset[i] * row, (char *)staged + *from, bytes);
+        *from += bytes;
+    }
+    free(message);
+    return status;
+}
+
+ifkv_status ifkv_session_kv_gather(ifkv_session *session, int layer, float *k, float *v) {
+    IFKV_REQUIRE(session && layer >= 0 && layer < session->cache.n_layer, IFKV_ERR_USAGE,
+                 IFKV_E_VALUE, "session_kv_gather: got layer %d", layer);
+    ifkv_comm *comm = session->engine->comm;
+    const size_t n_col = (size_t)session->cache.n_col;
+    const size_t n_own = (size_t)session->n_kept * n_col,
+                 n_all = comm->rank ? 0 : (size_t)session->n_context * n_col;
+    float *own = malloc((2 * n_own + n_all + 1) * sizeof *own);
+    ifkv_status status =
+        own ? ifkv_session_kv_read(session, layer, own, own + n_own)
+            : IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session_kv_gather: out of host memory");
+    if (status == IFKV_OK && comm->rank == 0 && (!k || !v))
+        status = IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_STRUCT, "session_kv_gather: got NULL on rank 0");
+    status = ifkv_comm_agree(comm, status, NULL);
+    if (status == IFKV_OK) status = gather_rows(session, own, own + 2 * n_own, k);
+    if (status == IFKV_OK) status = gather_rows(session, own + n_own, own + 2 * n_own, v);
+    free(own);
+    return status;
+}
