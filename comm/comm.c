@@ -144,18 +144,22 @@ ifkv_status ifkv_comm_same(ifkv_comm *comm, uint64_t value, const char *what) {
 /* An error as it travels: fixed size, so that the receiver needs no second message. */
 typedef struct error_note {
     int32_t status, code;
+    int32_t rank; /* whose failure it is */
     char text[ERROR_TEXT_BYTES];
 } error_note;
 
-/* This thread's last error if it is the one that `status` stands for, else a note without a text.
+/* What to tell the peers of `status`.  Its words are this thread's last error, unless that is of
+ * another failure; an error that all ranks know already stays the failure of the rank it came from.
  */
-static error_note note_of(ifkv_status status) {
+static error_note note_of(const ifkv_comm *comm, ifkv_status status) {
     error_note note;
     memset(&note, 0, sizeof note);
     note.status = (int32_t)status;
+    note.rank = comm->rank;
     const ifkv_error *error = ifkv_last_error();
     if (status != IFKV_OK && error->status == status) {
         note.code = error->code;
+        if (error->rank >= 0 && error->rank < comm->size) note.rank = error->rank;
         snprintf(note.text, sizeof note.text, "%s", error->text);
     } else {
         snprintf(note.text, sizeof note.text, "%s", ifkv_status_name(status));
@@ -163,9 +167,14 @@ static error_note note_of(ifkv_status status) {
     return note;
 }
 
+static ifkv_status fail_as(const error_note *note) {
+    return IFKV_FAIL((ifkv_status)note->status, note->code, "%.*s", (int)sizeof note->text - 1,
+                     note->text);
+}
+
 ifkv_status ifkv_comm_agree(ifkv_comm *comm, ifkv_status status, int *rank_p) {
     IFKV_REQUIRE(comm, IFKV_ERR_USAGE, IFKV_E_VALUE, "agree: communicator NULL");
-    const error_note mine = note_of(status);
+    const error_note mine = note_of(comm, status);
     error_note first = mine;
     int64_t lowest = status == IFKV_OK ? comm->size : comm->rank;
     ifkv_status moved = comm->ops->all_reduce_i64(comm, &lowest, 1, IFKV_REDUCE_MIN);
@@ -175,13 +184,12 @@ ifkv_status ifkv_comm_agree(ifkv_comm *comm, ifkv_status status, int *rank_p) {
         /* Nobody can be told.  A rank that failed by itself keeps its own cause, which says more
          * than that the peers are gone. */
         if (rank_p) *rank_p = status == IFKV_OK ? -1 : comm->rank;
-        if (status == IFKV_OK) return moved;
-        return IFKV_FAIL(status, mine.code, "%s", mine.text);
+        return status == IFKV_OK ? moved : fail_as(&mine);
     }
-    if (rank_p) *rank_p = lowest < comm->size ? (int)lowest : -1;
+    if (rank_p) *rank_p = lowest < comm->size ? first.rank : -1;
     if (lowest == comm->size) return IFKV_OK;
-    if (lowest != comm->rank)
-        IFKV_FAIL((ifkv_status)first.status, first.code, "%.*s", (int)sizeof first.text - 1, first.text);
-    ifkv_error_share((int)lowest);
+    /* the lowest rank keeps file and line of its own report, if it made one */
+    if (lowest != comm->rank || ifkv_last_error()->status != status) fail_as(&first);
+    ifkv_error_share(first.rank);
     return (ifkv_status)first.status;
 }

@@ -98,10 +98,8 @@ static ifkv_status meet(thread_comm *self, const slot *mine) {
     } else {
         while (group->generation == generation && group->gone_rank < 0)
             pthread_cond_wait(&group->moved, &group->mutex);
-        if (group->generation == generation) {
-            group->n_waiting--;
-            status = fail_gone(self);
-        }
+        /* the count of those waiting stays wrong: no meeting will be completed any more */
+        if (group->generation == generation) status = fail_gone(self);
     }
     pthread_mutex_unlock(&group->mutex);
     return status;
@@ -201,7 +199,9 @@ static ifkv_status check_calls(const thread_group *group) {
 static ifkv_status begin_call(thread_comm *self, const slot *mine) {
     IFKV_TRY(meet(self, mine));
     const ifkv_status status = check_calls(self->group);
-    if (status != IFKV_OK) part(self);
+    if (status == IFKV_OK) return IFKV_OK;
+    ifkv_error_share(0);
+    part(self);
     return status;
 }
 
