@@ -18,6 +18,13 @@ static inline float float_of(uint32_t bits) {
     return value;
 }
 
+/* By mask: a conditional whose sides hold float operations becomes a branch, because they might
+ * raise a flag. */
+static inline uint32_t select_u32(bool condition, uint32_t yes, uint32_t no) {
+    const uint32_t mask = 0u - (uint32_t)condition;
+    return (yes & mask) | (no & ~mask);
+}
+
 static inline uint32_t f32_bits_of_f16(uint32_t h) {
     const uint32_t sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
     /* A subnormal is magnitude * 2^-24, normal in float32, so no mode of the processor flushes it.
@@ -25,7 +32,8 @@ static inline uint32_t f32_bits_of_f16(uint32_t h) {
     const uint32_t small = bits_of((float)(int32_t)magnitude * 0x1p-24f);
     const uint32_t normal = (magnitude << 13) + (112u << 23);
     const uint32_t special = (magnitude << 13) | 0x7f800000u;
-    return sign | (magnitude < 0x400u ? small : magnitude < 0x7c00u ? normal : special);
+    return sign |
+           select_u32(magnitude < 0x400u, small, select_u32(magnitude < 0x7c00u, normal, special));
 }
 
 static inline uint16_t bf16_of_f32_bits(uint32_t u) {
@@ -40,9 +48,9 @@ static inline uint16_t f16_of_f32_bits(uint32_t u) {
      * and, at the top, into infinity.  Below 2^-14 adding 0.5 lets the adder round to 2^-24. */
     const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
     const uint32_t small = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    const uint32_t finite = magnitude < 0x38800000u ? small : normal;
-    return (uint16_t)(sign | (magnitude < 0x477ff000u ? finite : special));
+    const uint32_t special = select_u32(magnitude > 0x7f800000u, 0x7e00u, 0x7c00u);
+    const uint32_t finite = select_u32(magnitude < 0x38800000u, small, normal);
+    return (uint16_t)(sign | select_u32(magnitude < 0x477ff000u, finite, special));
 }
 
 float ifkv_bf16_to_f32(uint16_t value) {
