@@ -1,0 +1,386 @@
+"""The whole prefill algorithm in NumPy float64: what every faster implementation is tested against.
+
+Written from the mathematics of the method (encode chunks apart, score by the question's attention, select, recompute,
+prompt, greedy decode); shares no code with src/.  Knows one process and one cache: ranks, exchanges, placement, memory
+plans and speed do not exist here.  Always holds: row i of the cache is the token of index i, and a row sees exactly
+the rows of index <= its own.  Geometry is GLOBAL, so the rotary position of a cached row is its index.
+
+Shapes: R rows, N cached rows, Hq query heads, Hkv K/V heads, g = Hq/Hkv, D = d_head, T context rows with the prefix.
+"""
+import dataclasses
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+
+from hf_model import load_model  # noqa: F401  (callers need one import)
+
+
+# ---- requests and places --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Request:
+    prefix: list  # token ids in front of every chunk while it is encoded; may be empty
+    chunks: list  # lists of token ids, none empty
+    prompt: list  # at least one token id
+    question: list  # the scoring rows
+
+    @staticmethod
+    def from_json(obj, chunk=2048):
+        """Build from one JSON request; `context` is cut every `chunk` tokens, the question defaults to the prompt."""
+        chunks = obj.get("chunks")
+        if chunks is None:
+            context = obj["context"]
+            chunks = [context[i : i + chunk] for i in range(0, len(context), chunk)]
+        if not chunks or not all(chunks) or not obj["prompt"]:
+            raise ValueError("a request needs chunks, none of them empty, and a prompt")
+        question = obj.get("question")
+        return Request(obj.get("prefix", []), chunks, obj["prompt"], obj["prompt"] if question is None else question)
+
+    @property
+    def context(self):
+        """The T token ids in index order: prefix, chunk 0, chunk 1, ..."""
+        return list(self.prefix) + [t for chunk in self.chunks for t in chunk]
+
+    @property
+    def offsets(self):
+        """o_0 .. o_n: chunk i holds the indices [o_i, o_i+1).  Chunk 0 keeps the prefix, so o_0 = 0; o_n = T."""
+        offsets = [0, len(self.prefix) + len(self.chunks[0])]
+        for chunk in self.chunks[1:]:
+            offsets.append(offsets[-1] + len(chunk))
+        return offsets
+
+
+# ---- the layer ------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x, weight, eps):
+    """x / rms(x) * weight over the last axis."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
+
+
+def rotate(x, positions, frequencies):
+    """Rotate the channel pairs (i, i + D/2) of x [R, H, D] by positions[r] * frequencies[i]; angles in double."""
+    angle = np.multiply.outer(np.asarray(positions, np.float64), frequencies)[:, None, :]  # [R, 1, D/2]
+    cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def probabilities(q, k, n_visible):
+    """Softmax of q.k/sqrt(D) where row r sees the first n_visible[r] keys.
+
+    q [R, Hq, D], k [N, Hkv, D], n_visible [R], each >= 1.  Returns [Hq, R, N]; query head h reads K/V head h // g.
+    """
+    n_head, d_head = q.shape[1:]
+    k = np.repeat(k, n_head // k.shape[1], axis=1)  # [N, Hq, D]
+    s = np.matmul(q.transpose(1, 0, 2), k.transpose(1, 2, 0)) / q.dtype.type(np.sqrt(d_head))  # [Hq, R, N]
+    s[:, np.arange(k.shape[0]) >= np.asarray(n_visible)[:, None]] = -np.inf
+    e = np.exp(s - s.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def attend(q, k, v, n_visible, block=256):
+    """Attention output [R, Hq, D] of rows that see key prefixes; row blocks only bound the memory."""
+    n_head = q.shape[1]
+    v = np.repeat(v, n_head // v.shape[1], axis=1).transpose(1, 0, 2)  # [Hq, N, D]
+    out = np.empty_like(q)
+    for r in range(0, len(q), block):
+        rows = slice(r, r + block)
+        n_key = int(np.max(n_visible[rows]))  # no row of the block sees beyond
+        p = probabilities(q[rows], k[:n_key], n_visible[rows])
+        out[rows] = np.matmul(p, v[:, :n_key]).transpose(1, 0, 2)
+    return out
+
+
+def project_q(model, l, x, positions):
+    """Queries [R, Hq, D] of normed rows x [R, d_model]: projection, per-head norm (qwen3), rotation."""
+    c, w = model.config, model.layers[l]
+    q = (x @ w["q_proj"].T).reshape(len(x), c.n_head, c.d_head)
+    if "q_norm" in w:
+        q = rms_norm(q, w["q_norm"], c.norm_eps)
+    return rotate(q, positions, model.frequencies)
+
+
+def project_kv(model, l, x):
+    """K before rotation but after the per-head norm, and V, each [R, Hkv, D]: what a chunk store would keep."""
+    c, w = model.config, model.layers[l]
+    k = (x @ w["k_proj"].T).reshape(len(x), c.n_kv_head, c.d_head)
+    v = (x @ w["v_proj"].T).reshape(len(x), c.n_kv_head, c.d_head)
+    if "k_norm" in w:
+        k = rms_norm(k, w["k_norm"], c.norm_eps)
+    return k, v
+
+
+def finish_layer(model, l, h, attention):
+    """Output projection, residual, MLP, residual: the next hidden rows [R, d_model]."""
+    w = model.layers[l]
+    h = h + attention.reshape(len(h), -1) @ w["o_proj"].T
+    x = rms_norm(h, w["post_attention_layernorm"], model.config.norm_eps)
+    gate = x @ w["gate_proj"].T
+    silu = gate * (gate.dtype.type(0.5) * (1 + np.tanh(gate / 2)))  # g * sigmoid(g), without overflow
+    return h + (silu * (x @ w["up_proj"].T)) @ w["down_proj"].T
+
+
+def logits(model, h):
+    """Logits [R, n_vocab] of hidden rows [R, d_model] that left the last layer."""
+    return rms_norm(h, model.final_norm, model.config.norm_eps) @ model.head.T
+
+
+# ---- the cache and the one pass -------------------------------------------------------------------------------------
+
+
+class Cache:
+    """K (rotated at the row's position) and V of n_row rows, sorted by index; k[l], v[l] are [n_row, Hkv, D]."""
+
+    def __init__(self, model, n_row):
+        c = model.config
+        self.k = [np.full((n_row, c.n_kv_head, c.d_head), np.nan, model.dtype) for _ in range(c.n_layer)]
+        self.v = [np.full_like(k, np.nan) for k in self.k]  # NaN: a row read before it was written shows
+
+    def copy(self, n_row=None):
+        """A copy with room for n_row rows (default: as many)."""
+        new = object.__new__(Cache)
+        for name in "kv":
+            old = getattr(self, name)
+            grown = [np.full((n_row or len(x),) + x.shape[1:], np.nan, x.dtype) for x in old]
+            for a, b in zip(grown, old):
+                a[: len(b)] = b[: len(a)]
+            setattr(new, name, grown)
+        return new
+
+
+def run_rows(model, cache, ids, index, shift=0, write_layer0=True, want_hidden=True):
+    """Run rows through all layers against a cache: the pass behind encode, full prefill, recompute, prompt and decode.
+
+    ids [R] tokens; index [R] places in the cache, ascending.  Per layer the K/V of all rows are written first, then
+    every row attends to all cached rows of index <= its own, which must hold K/V already.  Rotation is at
+    index + shift.  write_layer0=False leaves K/V of layer 0 alone, which depend on token and position only.  The last
+    layer stops after its K/V unless want_hidden.  Returns the hidden rows [R, d_model], or None.
+    """
+    ids, index = np.asarray(ids, np.int64), np.asarray(index, np.int64)
+    positions = index + shift
+    h = model.embedding[ids]  # [R, d_model]
+    for l in range(model.config.n_layer):
+        x = rms_norm(h, model.layers[l]["input_layernorm"], model.config.norm_eps)
+        if l > 0 or write_layer0:
+            k, v = project_kv(model, l, x)
+            cache.k[l][index] = rotate(k, positions, model.frequencies)
+            cache.v[l][index] = v
+        if l == model.config.n_layer - 1 and not want_hidden:
+            return None
+        out = attend(project_q(model, l, x, positions), cache.k[l], cache.v[l], index + 1)
+        h = finish_layer(model, l, h, out)
+    return h
+
+
+def full_prefill(model, ids):
+    """Causal prefill of a token list.  Returns (cache of all rows, hidden rows [T, d_model])."""
+    cache = Cache(model, len(ids))
+    return cache, run_rows(model, cache, ids, range(len(ids)))
+
+
+def encode_chunks(model, request):
+    """Encode every chunk behind the prefix, seeing nothing else, and place it: the cache of `none`, T rows.
+
+    Chunk i is a sequence of its own, local places 0 .. p+n_i-1, rotated at place + (o_i - p); chunk 0 at its place.
+    Chunks i >= 1 drop their p prefix rows.
+    """
+    p, offsets = len(request.prefix), request.offsets
+    cache = Cache(model, offsets[-1])
+    for i, chunk in enumerate(request.chunks):
+        ids = list(request.prefix) + list(chunk)
+        shift, dropped = (0, 0) if i == 0 else (offsets[i] - p, p)
+        local = Cache(model, len(ids))
+        run_rows(model, local, ids, range(len(ids)), shift=shift, want_hidden=False)
+        rows = slice(offsets[i], offsets[i + 1])
+        for l in range(model.config.n_layer):
+            cache.k[l][rows] = local.k[l][dropped:]
+            cache.v[l][rows] = local.v[l][dropped:]
+    return cache
+
+
+# ---- score and select -----------------------------------------------------------------------------------------------
+
+
+def score_layers(n_layer, choice):
+    """The layers whose attention scores: `published`, `wide`, or a list."""
+    if choice == "published":
+        if n_layer >= 26:
+            return [22, 23, 24, 25]
+        first = 11 * n_layer // 20
+        return list(range(first, min(first + 3, n_layer - 1) + 1))
+    if choice == "wide":
+        return list(range(n_layer // 3, 5 * n_layer // 6 + 1, 3))
+    return sorted(choice)
+
+
+def question_attention(model, cache, question, layers):
+    """Attention of the scoring rows, one [Hq, Nq, T + Nq] array per layer of `layers`.
+
+    Scoring row q has index T + q; it sees every context row and the scoring rows q' <= q.  The cache is not changed.
+    """
+    n_context = len(cache.k[0])
+    index = n_context + np.arange(len(question))
+    scratch = cache.copy(n_context + len(question))
+    h = model.embedding[np.asarray(question, np.int64)]
+    attention = {}
+    for l in range(max(layers) + 1):
+        x = rms_norm(h, model.layers[l]["input_layernorm"], model.config.norm_eps)
+        k, v = project_kv(model, l, x)
+        scratch.k[l][index] = rotate(k, index, model.frequencies)
+        scratch.v[l][index] = v
+        q = project_q(model, l, x, index)
+        if l in layers:
+            attention[l] = probabilities(q, scratch.k[l], index + 1)
+        if l < max(layers):
+            h = finish_layer(model, l, h, attend(q, scratch.k[l], scratch.v[l], index + 1))
+    return [attention[l] for l in layers]
+
+
+def combine_scores(attention, n_context, form):
+    """Scores [T] from a list of [Hq, Nq, >= T] probabilities, one per score layer."""
+    layers = [a[:, :, :n_context] for a in attention]
+    if form == "l2":  # mean over layers of the norm over rows of the head mean
+        return np.mean([np.sqrt((a.mean(axis=0) ** 2).sum(axis=0)) for a in layers], axis=0)
+    if form == "l1":
+        return np.mean([a.mean(axis=0).sum(axis=0) for a in layers], axis=0)
+    if form == "mass":
+        return np.sum([a.sum(axis=(0, 1)) for a in layers], axis=0)
+    if form == "l2h":  # heads stay apart under the root
+        return np.mean([np.sqrt((a**2).sum(axis=(0, 1))) for a in layers], axis=0)
+    raise ValueError(f"unknown score form {form!r}")
+
+
+def budget(ratio, n_context, n_eligible):
+    """k = min(max(1, floor(ratio T)), eligible), 0 for ratio 0.  `ratio` is decimal text: the product is exact."""
+    exact = Fraction(Decimal(str(ratio)))
+    if not 0 <= exact <= 1:
+        raise ValueError(f"ratio {ratio} is outside 0..1")
+    if exact == 0:
+        return 0
+    return min(max(1, exact.numerator * n_context // exact.denominator), n_eligible)
+
+
+def select_best(scores, n_eligible_from, ratio):
+    """The selected indices, ascending, and the relative gap at the threshold.
+
+    Eligible are the indices >= n_eligible_from (chunk 0 is out).  Score descending, then index ascending.  The gap is
+    (s_k - s_k+1) / s_k over the eligible rows in that order, infinite where nothing was cut.
+    """
+    bad = np.flatnonzero(~np.isfinite(scores) | (scores < 0))
+    if len(bad):
+        raise ValueError(f"score {scores[bad[0]]} at row {bad[0]}")
+    eligible = np.arange(n_eligible_from, len(scores))
+    k = budget(ratio, len(scores), len(eligible))
+    order = eligible[np.argsort(-scores[eligible], kind="stable")]
+    gap = np.inf
+    if 0 < k < len(order):
+        gap = float((scores[order[k - 1]] - scores[order[k]]) / scores[order[k - 1]])
+    return np.sort(order[:k]), gap
+
+
+def select_epic(request, epic_k=16):
+    """The first epic_k rows of every chunk but the first."""
+    o = request.offsets
+    rows = [np.arange(o[i], min(o[i] + epic_k, o[i + 1])) for i in range(1, len(o) - 1)]
+    return np.concatenate([np.empty(0, np.int64), *rows])
+
+
+def select_epic_budget(request, ratio):
+    """The first q_i rows of chunks >= 1, sum q_i = k, q_i proportional to n_i by largest remainder.
+
+    Equal remainders go to the lower chunk.
+    """
+    o = request.offsets
+    sizes = [o[i + 1] - o[i] for i in range(1, len(o) - 1)]
+    k = budget(ratio, o[-1], sum(sizes))
+    if k == 0:
+        return np.empty(0, np.int64)
+    quota = [k * n // sum(sizes) for n in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(k * sizes[i] % sum(sizes)), i))
+    for i in by_remainder[: k - sum(quota)]:
+        quota[i] += 1
+    return np.concatenate([np.arange(o[i + 1], o[i + 1] + q) for i, q in enumerate(quota)])
+
+
+# ---- recompute, prompt, decode --------------------------------------------------------------------------------------
+
+
+def recompute(model, cache, context, selected):
+    """Replace K/V of the selected rows, in place, by rows that start from their embeddings and see the whole past.
+
+    Fresh rows see fresh rows of S and stale rows elsewhere.  Layer 0 keeps its K/V; the last layer ends with the write.
+    """
+    if len(selected):
+        ids = np.asarray(context)[selected]
+        run_rows(model, cache, ids, selected, write_layer0=False, want_hidden=False)
+
+
+def prompt_and_decode(model, cache, prompt, max_new):
+    """Run the prompt behind the cache and decode greedily, ties to the lowest id.
+
+    Returns (logits that chose the first token [n_vocab], answer ids, "stop" or "length", smallest relative gap between
+    the best and the second logit over the answer).  An end id ends the answer and is its last id.
+    """
+    n_context = len(cache.k[0])
+    grown = cache.copy(n_context + len(prompt) + max_new)
+    h = run_rows(model, grown, prompt, n_context + np.arange(len(prompt)))
+    first = row = logits(model, h[-1:])[0]
+    answer, finish, gap, at = [], "length", np.inf, n_context + len(prompt)
+    while len(answer) < max_new:
+        second, best = np.sort(row)[-2:]
+        gap = min(gap, float((best - second) / np.abs(row).max()))
+        token = int(np.argmax(row))
+        answer.append(token)
+        if token in model.config.eos_ids:
+            finish = "stop"
+            break
+        row = logits(model, run_rows(model, grown, [token], [at]))[0]
+        at += 1
+    return first, answer, finish, gap
+
+
+# ---- a request from end to end --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Result:
+    first_logits: np.ndarray  # [n_vocab]
+    answer_ids: list
+    finish: str
+    selected: np.ndarray  # ascending indices; empty for full and none
+    scores: np.ndarray  # [T], or None where nothing was scored
+    gap: float  # relative score gap at the selection threshold
+    logit_gap: float  # smallest relative gap of best and second logit over the answer
+    cache: Cache  # the T context rows
+
+
+def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_layer_choice="published", max_new=32,
+            score_rows="question", chosen=()):
+    """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, and random with the set `chosen`."""
+    context, first_eligible = request.context, request.offsets[1]
+    selected, scores, gap = np.empty(0, np.int64), None, np.inf
+    if method == "full":
+        cache, _ = full_prefill(model, context)
+    else:
+        cache = encode_chunks(model, request)
+        if method == "all":
+            selected = np.arange(first_eligible, len(context))
+        elif method == "infoflow":
+            rows = request.prompt if score_rows == "prompt" else request.question
+            layers = score_layers(model.config.n_layer, score_layer_choice)
+            scores = combine_scores(question_attention(model, cache, rows, layers), len(context), score)
+            selected, gap = select_best(scores, first_eligible, ratio)
+        elif method == "epic":
+            selected = select_epic(request)
+        elif method == "epic_budget":
+            selected = select_epic_budget(request, ratio)
+        elif method == "random":
+            selected = np.sort(np.asarray(chosen, np.int64))
+        elif method != "none":
+            raise ValueError(f"unknown method {method!r}")
+        recompute(model, cache, context, selected)
+    first, answer, finish, logit_gap = prompt_and_decode(model, cache, request.prompt, max_new)
+    return Result(first, answer, finish, selected, scores, gap, logit_gap, cache)
