@@ -15,9 +15,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define CPU_SECONDS 300
-#define SILENCE_MS 120000
-
 struct ifkv_guard {
     int answer, verdict; /* write ends */
 };
@@ -59,10 +56,10 @@ static void limit_memory(size_t allowance) {
 
 /* A crash is the expected end of some inputs: it leaves no core, no backtrace of a handler that
  * the host or MPI has installed, and no abort message on stderr. */
-static void calm_process(size_t allowance) {
+static void calm_process(const ifkv_guard_limits *limits) {
     static const int signals[] = {SIGSEGV, SIGBUS, SIGABRT, SIGFPE,  SIGILL, SIGTERM,
                                   SIGINT,  SIGHUP, SIGUSR1, SIGXCPU, SIGPIPE};
-    const struct rlimit no_core = {0, 0}, cpu = {CPU_SECONDS, CPU_SECONDS};
+    const struct rlimit no_core = {0, 0}, cpu = {(rlim_t)limits->seconds, (rlim_t)limits->seconds};
     sigset_t none;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) signal(signals[i], SIG_DFL);
@@ -72,17 +69,17 @@ static void calm_process(size_t allowance) {
     setrlimit(RLIMIT_CPU, &cpu);
 #if defined(__SANITIZE_ADDRESS__)
     (void)limit_memory; /* the sanitizer maps terabytes, and its reports are wanted */
-    (void)allowance;
 #else
     const int null = open("/dev/null", O_WRONLY);
     if (null >= 0) dup2(null, STDERR_FILENO);
-    limit_memory(allowance);
+    limit_memory(limits->memory_bytes);
 #endif
 }
 
-_Noreturn static void run_child(ifkv_guard *guard, size_t allowance, ifkv_guard_fn fn, void *arg) {
+_Noreturn static void run_child(ifkv_guard *guard, const ifkv_guard_limits *limits,
+                                ifkv_guard_fn fn, void *arg) {
     verdict v = {.is_complete = 1};
-    calm_process(allowance);
+    calm_process(limits);
     v.status = fn(guard, arg);
     if (v.status != IFKV_OK) {
         const ifkv_error *error = ifkv_last_error();
@@ -102,10 +99,10 @@ typedef struct answer_buffer {
 } answer_buffer;
 
 /* Read until the child closes its end.  False: silence, or no memory here. */
-static bool read_answer(int fd, answer_buffer *buffer) {
+static bool read_answer(int fd, int seconds, answer_buffer *buffer) {
     for (;;) {
         struct pollfd poll_fd = {fd, POLLIN, 0};
-        const int n_ready = poll(&poll_fd, 1, SILENCE_MS);
+        const int n_ready = poll(&poll_fd, 1, 1000 * seconds);
         if (n_ready < 0 && errno == EINTR) continue;
         if (n_ready <= 0) return false;
         if (buffer->bytes + 1 >= buffer->capacity) {
@@ -125,14 +122,14 @@ static bool read_answer(int fd, answer_buffer *buffer) {
 }
 
 /* What the end of the child means. */
-static ifkv_status judge(const char *name, const verdict *v, int wait_status) {
+static ifkv_status judge(const char *name, const verdict *v, int wait_status, bool is_late) {
     char quoted[IFKV_QUOTE_BYTES];
     ifkv_path_quote(name, quoted);
     if (v->is_complete && v->status == IFKV_OK) return IFKV_OK;
     if (v->is_complete) return ifkv_fail(v->status, v->code, __FILE__, v->line, "%s", v->text);
     if (WIFSIGNALED(wait_status))
-        return IFKV_FAIL(IFKV_ERR_DATA, IFKV_E_H5_CRASH, "%s: its reader died (signal %d)", quoted,
-                         WTERMSIG(wait_status));
+        return IFKV_FAIL(IFKV_ERR_DATA, IFKV_E_H5_CRASH, "%s: its reader died (signal %d)%s",
+                         quoted, WTERMSIG(wait_status), is_late ? ": no answer in time" : "");
     return IFKV_FAIL(IFKV_ERR_DATA, IFKV_E_H5_CRASH, "%s: its reader died (exit %d)", quoted,
                      WEXITSTATUS(wait_status));
 }
@@ -145,7 +142,7 @@ static bool open_pipes(int answer[2], int result[2]) {
     return false;
 }
 
-ifkv_status ifkv_guard_run(const char *name, size_t memory_bytes, ifkv_guard_fn fn, void *arg,
+ifkv_status ifkv_guard_run(const char *name, ifkv_guard_limits limits, ifkv_guard_fn fn, void *arg,
                            char **answer_p, size_t *bytes_p) {
     int answer[2], result[2], wait_status = 0;
     answer_buffer buffer = {NULL, 0, 0};
@@ -157,11 +154,11 @@ ifkv_status ifkv_guard_run(const char *name, size_t memory_bytes, ifkv_guard_fn 
         ifkv_guard guard = {answer[1], result[1]};
         close(answer[0]);
         close(result[0]);
-        run_child(&guard, memory_bytes, fn, arg);
+        run_child(&guard, &limits, fn, arg);
     }
     close(answer[1]);
     close(result[1]);
-    bool is_read = child > 0 && read_answer(answer[0], &buffer);
+    bool is_read = child > 0 && read_answer(answer[0], limits.seconds, &buffer);
     if (child > 0 && !is_read) kill(child, SIGKILL);
     while (child > 0 && waitpid(child, &wait_status, 0) < 0 && errno == EINTR) {
     }
@@ -169,7 +166,7 @@ ifkv_status ifkv_guard_run(const char *name, size_t memory_bytes, ifkv_guard_fn 
     v.text[sizeof v.text - 1] = 0;
     close(answer[0]);
     close(result[0]);
-    const ifkv_status status = child > 0 ? judge(name, &v, wait_status)
+    const ifkv_status status = child > 0 ? judge(name, &v, wait_status, !is_read)
                                          : IFKV_FAIL(IFKV_ERR_OS, IFKV_E_H5_CRASH,
                                                      "no child process: %s", strerror(errno));
     if (status != IFKV_OK) {

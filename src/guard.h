@@ -20,10 +20,15 @@ typedef ifkv_status (*ifkv_guard_fn)(ifkv_guard *guard, void *arg);
 /* Append to the answer.  In the child only.  Errors: OS. */
 ifkv_status ifkv_guard_write(void *guard, const void *data, size_t bytes);
 
-/* Fork, run fn(arg) in the child with memory_bytes more than this process has now, and wait.
- * `name` starts the message if the child dies.  The caller frees *answer_p.  Errors: the child's;
- * DATA with E0605 if it crashed, ran out of its limits or fell silent; OS if there is no child. */
-ifkv_status ifkv_guard_run(const char *name, size_t memory_bytes, ifkv_guard_fn fn, void *arg,
+typedef struct ifkv_guard_limits {
+    size_t memory_bytes; /* beyond what this process has now */
+    int seconds;         /* of processor time, and of silence */
+} ifkv_guard_limits;
+
+/* Fork, run fn(arg) in the child and wait.  `name` starts the message if the child dies.  The
+ * caller frees *answer_p.  Errors: the child's; DATA with E0605 if it crashed, used up its time or
+ * fell silent; OS if there is no child. */
+ifkv_status ifkv_guard_run(const char *name, ifkv_guard_limits limits, ifkv_guard_fn fn, void *arg,
                            char **answer_p, size_t *bytes_p);
 
 #endif

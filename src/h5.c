@@ -81,14 +81,15 @@ static ifkv_status no_memory(const char *name) {
                      ifkv_path_quote(name, quoted));
 }
 
-static ifkv_status open_with(const char *name, hid_t access, ifkv_h5 **file_p) {
+static ifkv_status open_with(const char *name, const char *path, hid_t access, ifkv_h5 **file_p) {
     char text[IFKV_QUOTE_BYTES];
     ifkv_h5 *file = file_create(name);
     if (!file) return no_memory(name);
-    file->id = H5Fopen(name, H5F_ACC_RDONLY, access);
+    file->id = H5Fopen(path, H5F_ACC_RDONLY, access);
     if (file->id < 0) {
-        const ifkv_status status = IFKV_FAIL(
-            IFKV_ERR_DATA, IFKV_E_H5_OPEN, "%s: not a readable HDF5 file: %s", file->name, reason(text));
+        const ifkv_status status =
+            IFKV_FAIL(IFKV_ERR_DATA, IFKV_E_H5_OPEN, "%s: not a readable HDF5 file: %s", file->name,
+                      reason(text));
         file_destroy(file);
         return status;
     }
@@ -107,7 +108,7 @@ ifkv_status ifkv_h5_open(const char *path, ifkv_h5 **file_p) {
                  "%s: in use: another program has it open for writing",
                  ifkv_path_quote(path, quoted));
     const hid_t access = access_create();
-    const ifkv_status status = open_with(path, access, file_p);
+    const ifkv_status status = open_with(path, path, access, file_p);
     H5Pclose(access);
     return status;
 }
@@ -117,7 +118,8 @@ ifkv_status ifkv_h5_open_image(const char *name, const void *image, size_t bytes
     const hid_t access = access_create();
     H5Pset_fapl_core(access, (size_t)1 << 20, 0);
     H5Pset_file_image(access, (void *)image, bytes); /* copies; the parameter lacks a const */
-    const ifkv_status status = open_with(name, access, file_p);
+    /* HDF5 looks whether the file exists and then refuses the image: this one never does. */
+    const ifkv_status status = open_with(name, "/dev/null/image", access, file_p);
     H5Pclose(access);
     return status;
 }
@@ -128,11 +130,14 @@ ifkv_status ifkv_h5_create(const char *path, ifkv_h5 **file_p) {
     ifkv_h5 *file = file_create(path);
     if (!file) return no_memory(path);
     const hid_t access = access_create();
+    errno = 0;
     file->id = H5Fcreate(path, H5F_ACC_EXCL, H5P_DEFAULT, access);
+    const bool is_full = errno == ENOSPC || errno == EDQUOT || errno == EFBIG || errno == EIO;
     H5Pclose(access);
     if (file->id < 0) {
-        status = IFKV_FAIL(IFKV_ERR_CANT_CREATE, IFKV_E_OUT_CREATE, "%s: cannot be created: %s",
-                           file->name, reason(text));
+        status = IFKV_FAIL(is_full ? IFKV_ERR_IO : IFKV_ERR_CANT_CREATE,
+                           is_full ? IFKV_E_OUT_WRITE : IFKV_E_OUT_CREATE,
+                           "%s: cannot be created: %s", file->name, reason(text));
         file_destroy(file);
         return status;
     }

@@ -36,6 +36,15 @@ static ifkv_status no_memory(void) {
     return IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "output: not enough memory");
 }
 
+/* The bytes with a newline behind them. */
+static char *line_copy(const char *line, size_t bytes) {
+    char *copy = malloc(bytes + 2);
+    if (!copy) return NULL;
+    memcpy(copy, line, bytes);
+    memcpy(copy + bytes, "\n", 2);
+    return copy;
+}
+
 /* ---- names and keys ---- */
 
 const char *ifkv_output_name(const char *id, char *name) {
@@ -148,9 +157,11 @@ out:
 static ifkv_status run_save(const ifkv_output_options *options) {
     json_t *root = run_to_json(options);
     char *text = root ? json_dumps(root, JSON_INDENT(2)) : NULL;
+    char *line = text ? line_copy(text, strlen(text)) : NULL;
+    const ifkv_status status =
+        line ? ifkv_publish_text(options->dir, RUN_NAME, line, strlen(line)) : no_memory();
     json_decref(root);
-    if (!text) return no_memory();
-    const ifkv_status status = ifkv_publish_text(options->dir, RUN_NAME, text, strlen(text));
+    free(line);
     free(text);
     return status;
 }
@@ -163,14 +174,6 @@ static bool has_content(const char *dir, const char *name) {
     const bool is_there = path && stat(path, &st) == 0 && st.st_size > 0;
     free(path);
     return is_there;
-}
-
-static char *line_copy(const char *line, size_t bytes) {
-    char *copy = malloc(bytes + 2);
-    if (!copy) return NULL;
-    memcpy(copy, line, bytes);
-    memcpy(copy + bytes, "\n", 2);
-    return copy;
 }
 
 static bool files_match(const char *dir, const ifkv_manifest_entry *entry) {
@@ -392,7 +395,7 @@ static ifkv_status append_lines(ifkv_output *out, int64_t i_request, done_lines 
 ifkv_status ifkv_output_record(ifkv_output *out, int64_t i_request, const ifkv_result *result,
                                int n_kv, const uint64_t *kv_digest) {
     const ifkv_request_item *item = &out->options.requests->item[i_request];
-    const size_t name_bytes = IFKV_OUTPUT_NAME_BYTES + 24, n_file = (size_t)n_kv + 1;
+    const size_t name_bytes = IFKV_OUTPUT_NAME_BYTES + 32, n_file = (size_t)n_kv + 1;
     char base[IFKV_OUTPUT_NAME_BYTES], key[IFKV_OUTPUT_KEY_BYTES];
     done_lines lines = {NULL, NULL};
     ifkv_status status;

@@ -14,8 +14,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #define CHILD_BYTES ((size_t)2 << 30)
+#define CHILD_SECONDS 20
 
 /* ---- verify ---- */
 
@@ -50,6 +52,13 @@ static ifkv_status read_back(ifkv_guard *guard, void *arg) {
     return status;
 }
 
+/* Time to read a file of this size from slow storage. */
+static ifkv_guard_limits child_limits(const char *path) {
+    struct stat st;
+    const off_t bytes = stat(path, &st) == 0 ? st.st_size : 0;
+    return (ifkv_guard_limits){CHILD_BYTES, CHILD_SECONDS + (int)(bytes >> 23)};
+}
+
 static void verify_file(verifier *v, const char *name, uint64_t expected) {
     char *path = ifkv_path_join(v->dir, name), *answer = NULL, quoted[IFKV_QUOTE_BYTES];
     uint64_t found = expected;
@@ -59,7 +68,7 @@ static void verify_file(verifier *v, const char *name, uint64_t expected) {
                               : IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "not enough memory");
     if (status == IFKV_OK) {
         /* Read it all even if the digest is right: it tells which dataset, and that HDF5 can. */
-        status = ifkv_guard_run(path, CHILD_BYTES, read_back, path, &answer, &bytes);
+        status = ifkv_guard_run(path, child_limits(path), read_back, path, &answer, &bytes);
         if (found != expected && status == IFKV_OK)
             status = IFKV_FAIL(IFKV_ERR_NUMERIC, IFKV_E_OUT_VERIFY,
                                "%s: no dataset's checksum fails, so an attribute or the structure",
@@ -193,7 +202,8 @@ ifkv_status ifkv_h5_inspect(const char *path, ifkv_h5_summary *summary) {
     char *answer, *name = strdup(path);
     size_t bytes;
     IFKV_REQUIRE(name, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "inspect: not enough memory");
-    const ifkv_status status = ifkv_guard_run(path, CHILD_BYTES, inspect, name, &answer, &bytes);
+    const ifkv_status status = ifkv_guard_run(path, (ifkv_guard_limits){CHILD_BYTES, CHILD_SECONDS},
+                                              inspect, name, &answer, &bytes);
     free(name);
     IFKV_TRY(status);
     if (bytes == sizeof *summary) memcpy(summary, answer, bytes);

@@ -15,6 +15,7 @@
 
 #define FILE_BYTES ((size_t)16 << 30) /* of all requests together */
 #define CHILD_BYTES ((size_t)2 << 30) /* what reading an HDF5 file may take beyond its size */
+#define CHILD_SECONDS 20              /* and one more for every 4 MiB */
 
 typedef struct file_image {
     const char *path;
@@ -133,8 +134,10 @@ ifkv_status ifkv_requests_read(const char *path, char **text_p, size_t *bytes_p,
     status = check_compression(name, text, bytes);
     if (status == IFKV_OK && is_h5) {
         file_image image = {path, text, bytes};
+        const ifkv_guard_limits limits = {3 * bytes + CHILD_BYTES,
+                                          CHILD_SECONDS + (int)(bytes >> 22)};
         char *answer = NULL;
-        status = ifkv_guard_run(path, 3 * bytes + CHILD_BYTES, convert, &image, &answer, &bytes);
+        status = ifkv_guard_run(path, limits, convert, &image, &answer, &bytes);
         free(text);
         text = answer;
     } else if (status != IFKV_OK) {

@@ -1,0 +1,425 @@
+"""The command line tool from outside: arguments, requests, output directory, ranks.
+
+Each case is one bad or odd input and its promised answer: exit code, one line that names the thing, no result.
+"""
+import json
+import os
+import resource
+import signal
+import subprocess
+import tempfile
+import time
+import unittest
+
+import h5py
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BIN = os.environ.get("IFKV_BIN", os.path.join(ROOT, "build", "ifkv"))
+N_VOCAB = 97
+CONFIG = {
+    "model_type": "llama", "hidden_act": "silu", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": N_VOCAB, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": True, "eos_token_id": 2,
+}
+# Codes that would mean a crash or a hang, never an answer.
+CRASHES = {-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGKILL, 134, 135, 136, 137, 139}
+
+
+def request(**changes):
+    base = {"id": "r", "prefix": [1, 3], "chunks": [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]],
+            "prompt": [20, 21, 22], "question": [21]}
+    base.update(changes)
+    return {key: value for key, value in base.items() if value is not None}
+
+
+def is_running(pid):
+    """Neither gone nor a zombie that only waits for its parent."""
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+class Tool(unittest.TestCase):
+    def setUp(self):
+        self.dir = tempfile.TemporaryDirectory()
+        self.addCleanup(self.dir.cleanup)
+        self.model = self.path("model")
+        os.mkdir(self.model)
+        self.write_config(CONFIG)
+
+    def path(self, name):
+        return os.path.join(self.dir.name, name)
+
+    def write_config(self, config):
+        with open(os.path.join(self.model, "config.json"), "w") as f:
+            json.dump(config, f)
+
+    def write_requests(self, requests):
+        with open(self.path("requests.jsonl"), "w") as f:
+            for item in requests:
+                f.write(json.dumps(item) + "\n")
+        return self.path("requests.jsonl")
+
+    def run_tool(self, *args, mpi=0, timeout=60, stdin=None, env=None, **more):
+        command = [BIN, *args]
+        if mpi:
+            command = ["mpirun", "-n", str(mpi), *command]
+        return subprocess.run(command, capture_output=True, timeout=timeout, input=stdin,
+                              env=dict(os.environ, **(env or {})), **more)
+
+    def prefill(self, requests, *args, out="out", **more):
+        return self.run_tool("prefill", "--model", self.model, "--random-weights", "1", "--requests",
+                             self.write_requests(requests), "--out", self.path(out), "--max-new", "4", *args, **more)
+
+    def results(self, out="out"):
+        with open(os.path.join(self.path(out), "results.jsonl")) as f:
+            return [json.loads(line) for line in f]
+
+    def assert_answer(self, done, code, *parts):
+        """Exit `code`; for an error exactly one line that holds every part."""
+        text = done.stderr.decode("utf8", "replace")
+        self.assertNotIn(done.returncode, CRASHES, text)
+        self.assertEqual(done.returncode, code, text)
+        errors = [line for line in text.splitlines() if "ifkv: error:" in line]
+        self.assertEqual(len(errors), 0 if code == 0 else 1, text)
+        for part in parts:
+            self.assertIn(part, errors[0])
+        if code:
+            self.assertRegex(errors[0], r"\[code E\d{4}\]$")
+
+
+class Arguments(Tool):
+    def test_unknown_option_names_the_nearest(self):
+        self.assert_answer(self.prefill([request()], "--metod", "full"), 2, "--metod", "--method")
+
+    def test_unknown_command_names_the_nearest(self):
+        self.assert_answer(self.run_tool("prefil"), 2, "prefil", "prefill")
+
+    def test_missing_value(self):
+        self.assert_answer(self.run_tool("prefill", "--model"), 2, "--model")
+
+    def test_ratio_must_be_a_decimal_from_0_to_1(self):
+        for value in ["1.5", "-1", "nan", "1e999", "0x10", "12abc", "", "1.", ".5", "inf", " 0.5"]:
+            with self.subTest(value=value):
+                self.assert_answer(self.prefill([request()], "--ratio", value), 2, "ratio")
+
+    def test_counts_must_be_whole_numbers(self):
+        for flag in ["--max-new", "--chunk", "--threads", "--ranks", "--seed"]:
+            for value in ["-1", "1.5", "x", "99999999999999999999", ""]:
+                with self.subTest(flag=flag, value=value):
+                    self.assert_answer(self.prefill([request()], flag, value), 2, flag)
+
+    def test_names_must_be_known(self):
+        for flag in ["--method", "--exchange", "--score", "--score-rows", "--score-layers", "--backend", "--comm",
+                     "--placement"]:
+            with self.subTest(flag=flag):
+                self.assert_answer(self.prefill([request()], flag, "frobnicate"), 2, "frobnicate")
+
+    def test_features_that_do_not_exist_yet_are_unknown_options(self):
+        for flag in ["--store", "--geometry", "--reorder", "--scoring"]:
+            with self.subTest(flag=flag):
+                self.assert_answer(self.prefill([request()], flag, "x"), 2, flag)
+
+    def test_cuda_is_refused_by_name_where_it_is_not_built(self):
+        self.assert_answer(self.prefill([request()], "--backend", "cuda"), 78, "cuda")
+
+    def test_conflicting_options_are_both_named(self):
+        self.assert_answer(self.prefill([request()], "--resume", "--overwrite"), 2, "--resume", "--overwrite")
+
+    def test_required_option_is_named(self):
+        self.assert_answer(self.run_tool("prefill", "--model", self.model), 2, "--requests")
+
+    def test_unknown_variable_warns_and_names_the_nearest(self):
+        done = self.prefill([request()], env={"IFKV_RATOI": "0.5"})
+        self.assert_answer(done, 0)
+        self.assertIn("IFKV_RATIO", done.stderr.decode())
+
+    def test_bad_variable_is_named(self):
+        self.assert_answer(self.prefill([request()], env={"IFKV_CHUNK": "x"}), 2, "IFKV_CHUNK")
+
+    def test_flag_wins_over_environment_wins_over_run_file(self):
+        with open(self.path("run.json"), "w") as f:
+            json.dump({"ratio": "0.2", "method": "random", "score": "l1"}, f)
+        self.assert_answer(self.prefill([request()], "--run", self.path("run.json"), "--ratio", "1",
+                                        env={"IFKV_METHOD": "infoflow", "IFKV_RATIO": "0.5"}), 0)
+        result = self.results()[0]
+        self.assertEqual((result["method"], result["n_selected"]), ("infoflow", 8))
+
+    def test_run_file_with_an_unknown_key_is_refused(self):
+        with open(self.path("run.json"), "w") as f:
+            json.dump({"ratoi": "0.2"}, f)
+        self.assert_answer(self.prefill([request()], "--run", self.path("run.json")), 2, "ratoi", "ratio")
+
+    def test_odd_paths_work_or_are_escaped(self):
+        out = 'a "b"\n\u00fc'
+        self.assert_answer(self.prefill([request()], out=out), 0)
+        self.assertEqual(len(self.results(out)), 1)
+        self.assert_answer(self.run_tool("prefill", "--model", b"/no\xff\n", "--requests", "x", "--out", "y"), 66, "\\xff\\x0a")
+        self.assert_answer(self.run_tool("prefill", "--model", "/" + "x" * 5000, "--requests", "x", "--out", "y"), 66)
+
+    def test_locale_changes_nothing(self):
+        a = self.prefill([request()], out="a")
+        b = self.prefill([request()], out="b", env={"LC_ALL": "de_DE.UTF-8"})
+        self.assertEqual((a.returncode, b.returncode), (0, 0))
+        self.assertEqual(self.results("a")[0]["answer_ids"], self.results("b")[0]["answer_ids"])
+
+    def test_closed_standard_streams_do_not_end_up_in_data_files(self):
+        self.write_requests([request()])
+        code = subprocess.run(["sh", "-c", f'"{BIN}" prefill --model "{self.model}" --random-weights 1 --requests '
+                               f'"{self.path("requests.jsonl")}" --out "{self.path("out")}" --max-new 2 <&- >&- 2>&-'],
+                              timeout=60).returncode
+        self.assertEqual(code, 0)
+        self.assertEqual(len(self.results()), 1)
+
+    def test_closed_pipe_is_not_a_crash(self):
+        self.write_requests([request(id=str(i)) for i in range(20)])
+        done = subprocess.run(["bash", "-c", f'set -o pipefail; "{BIN}" prefill --model "{self.model}" --random-weights 1 '
+                               f'--requests "{self.path("requests.jsonl")}" --out "{self.path("out")}" --max-new 2 '
+                               f'--json | head -1 >/dev/null; exit "${{PIPESTATUS[0]}}"'], timeout=60)
+        self.assertIn(done.returncode, {0, 74})
+        self.assertEqual(len(self.results()), 20)
+
+    def test_few_descriptors_suffice_or_are_named(self):
+        done = self.prefill([request()], preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)))
+        self.assertNotIn(done.returncode, CRASHES)
+
+    def test_help_goes_to_standard_output(self):
+        for args in [["--help"], ["prefill", "--help"], ["verify", "-h"], []]:
+            done = self.run_tool(*args)
+            self.assertEqual(done.returncode, 0)
+            self.assertIn(b"usage: ifkv", done.stdout)
+            self.assertEqual(done.stderr, b"")
+
+
+class Requests(Tool):
+    def test_fewer_chunks_than_ranks_work(self):
+        self.assert_answer(self.prefill([request(chunks=[[5]])], "--ranks", "5"), 0)
+        self.assertEqual(self.results()[0]["n_selected"], 0)
+
+    def test_sequence_longer_than_the_positions_is_refused_before_the_weights(self):
+        for count, code in [(2048 - 2 - 3 - 4, 0), (2048 - 2 - 3 - 4 + 1, 65)]:
+            with self.subTest(count=count):
+                self.assert_answer(self.prefill([request(chunks=[[5] * count])], "--overwrite"), code,
+                                   *(["max_position_embeddings", ":1"] if code else []))
+
+    def test_selection_is_clamped_and_recorded(self):
+        for ratio, count in [("0", 0), ("0.0001", 1), ("1", 8), ("0.999", 8)]:
+            with self.subTest(ratio=ratio):
+                self.assert_answer(self.prefill([request()], "--ratio", ratio, "--overwrite"), 0)
+                self.assertEqual(self.results()[0]["n_selected"], count)
+
+    def test_standard_input_is_read(self):
+        done = self.run_tool("prefill", "--model", self.model, "--random-weights", "1", "--requests", "-", "--out",
+                             self.path("out"), stdin=json.dumps(request()).encode())
+        self.assert_answer(done, 0)
+
+    def test_duplicate_id_is_refused(self):
+        self.assert_answer(self.prefill([request(), request()]), 65, ":2", "id")
+
+    def test_id_never_becomes_a_path(self):
+        ids = ["../../etc/x", "a/b", ".", "..", "x" * 5000, "\u00e4\u4e2d", "A", "a", " "]
+        self.assert_answer(self.prefill([request(id=i) for i in ids]), 0)
+        self.assertEqual([r["id"] for r in self.results()], ids)
+        for base, _, files in os.walk(self.dir.name):
+            for name in files:
+                self.assertTrue(base == self.dir.name or base.startswith((self.path("out"), self.model)), (base, name))
+
+    def test_context_is_cut_every_chunk_tokens(self):
+        flat = request(chunks=None, context=[5, 6, 7, 8, 9, 10, 11])
+        cut = request(chunks=[[5, 6, 7], [8, 9, 10], [11]])
+        self.assert_answer(self.prefill([flat], "--chunk", "3", out="a"), 0)
+        self.assert_answer(self.prefill([cut], out="b"), 0)
+        a, b = self.results("a")[0], self.results("b")[0]
+        for key in ["n_chunk", "selected_digest", "answer_ids"]:
+            self.assertEqual(a[key], b[key])
+
+    def test_max_new_of_a_request_wins(self):
+        self.assert_answer(self.prefill([request(max_new=0), request(id="s", max_new=2)]), 0)
+        self.assertEqual([len(r["answer_ids"]) <= n for r, n in zip(self.results(), (0, 2))], [True, True])
+
+    def test_million_tokens_are_read_and_measured_against_the_positions(self):
+        self.assert_answer(self.prefill([request(chunks=[[5] * 1000000])]), 65, "1000009")
+
+
+class Output(Tool):
+    def test_unusable_output_is_refused_before_the_weights(self):
+        open(self.path("file"), "w").close()
+        for out in ["file", "file/x", "no/such/parent"]:
+            with self.subTest(out=out):
+                self.assert_answer(self.prefill([request()], out=out), 73)
+
+    def test_results_are_not_overwritten_unasked(self):
+        self.assert_answer(self.prefill([request()]), 0)
+        self.assert_answer(self.prefill([request()]), 65, self.path("out"), "--resume", "--overwrite")
+        self.assert_answer(self.prefill([request()], "--overwrite"), 0)
+
+    def test_resume_skips_what_is_done_and_keeps_the_order(self):
+        items = [request(id=str(i), prompt=[20 + i]) for i in range(4)]
+        self.assert_answer(self.prefill(items, out="whole"), 0)
+        self.assert_answer(self.prefill([items[2]]), 0)
+        done = self.prefill(items, "--resume", "--json")
+        self.assert_answer(done, 0)
+        self.assertEqual(len(done.stdout.splitlines()), 3)
+        answers = [(r["id"], r["answer_ids"]) for r in self.results()]
+        self.assertEqual(answers, [(r["id"], r["answer_ids"]) for r in self.results("whole")])
+
+    def test_resume_under_other_options_names_the_first_difference(self):
+        self.assert_answer(self.prefill([request()]), 0)
+        self.assert_answer(self.prefill([request()], "--resume", "--ratio", "0.5"), 65, "ratio", "0.5")
+
+    def test_killed_run_resumes_to_the_results_of_an_unbroken_one(self):
+        items = [request(id=str(i), prompt=[20 + i % 60], chunks=[[5 + i % 50] * 300, [7] * 200]) for i in range(40)]
+        self.assert_answer(self.prefill(items, "--save-kv", out="whole"), 0)
+        self.write_requests(items)
+        args = [BIN, "prefill", "--model", self.model, "--random-weights", "1", "--requests",
+                self.path("requests.jsonl"), "--out", self.path("out"), "--max-new", "4", "--save-kv", "--resume"]
+        for delay in [0.02, 0.05, 0.1, 0.15]:
+            process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(delay)
+            process.kill()
+            process.wait()
+            if os.path.exists(os.path.join(self.path("out"), "manifest.jsonl")):
+                self.assert_answer(self.run_tool("verify", self.path("out")), 0)
+        self.assert_answer(self.run_tool(*args[1:]), 0)
+        self.assert_answer(self.run_tool("verify", self.path("out")), 0)
+        strip = [(r["id"], r["answer_ids"], r["selected_digest"]) for r in self.results()]
+        self.assertEqual(strip, [(r["id"], r["answer_ids"], r["selected_digest"]) for r in self.results("whole")])
+        self.assertEqual([n for n in os.listdir(self.path("out")) if n.endswith(".tmp") and
+                          os.listdir(os.path.join(self.path("out"), n))], [])
+
+    def test_full_disk_is_an_answer_and_leaves_nothing_half_written(self):
+        done = self.prefill([request(chunks=[[5] * 900, [6] * 900])], "--save-kv",
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000)))
+        self.assert_answer(done, 74)
+        names = os.listdir(self.path("out"))
+        self.assertFalse([n for n in names if n.endswith(".h5")], names)
+
+    def test_flipped_byte_is_found_by_verify(self):
+        self.assert_answer(self.prefill([request()], "--save-kv"), 0)
+        name = next(n for n in os.listdir(self.path("out")) if ".kv" in n)
+        with open(os.path.join(self.path("out"), name), "r+b") as f:
+            f.seek(-40, os.SEEK_END)
+            byte = f.read(1)
+            f.seek(-40, os.SEEK_END)
+            f.write(bytes([byte[0] ^ 1]))
+        self.assert_answer(self.run_tool("verify", self.path("out")), 80, name)
+
+    def test_ratio_one_verifies_against_full_prefill(self):
+        done = self.run_tool("verify", "--model", self.model, "--random-weights", "1", "--requests",
+                             self.write_requests([request(chunks=[[5 + i] * 40 for i in range(6)])]), "--ranks", "3")
+        self.assert_answer(done, 0)
+        self.assertIn(b"ok", done.stdout)
+
+    def test_records_are_read_by_h5py(self):
+        self.assert_answer(self.prefill([request()], "--save-kv", "--save-logits", "--save-scores", "--ranks", "2"), 0)
+        out = self.path("out")
+        with open(os.path.join(out, "manifest.jsonl")) as f:
+            line = json.loads(f.readline())
+        with h5py.File(os.path.join(out, line["record"])) as f:
+            self.assertEqual(f["first_logits"].shape, (N_VOCAB,))
+            self.assertEqual(f["scores"].shape, (14,))
+            self.assertEqual(f["selected"].dtype, np.int64)
+            self.assertEqual(f.attrs["n_context"], 14)
+        index = []
+        for name in line["kv"]:
+            with h5py.File(os.path.join(out, name)) as f:
+                self.assertEqual(f["layers/2/k"].shape, (len(f["index"]), 1, 16))
+                self.assertEqual(f["recomputed"].dtype, bool)
+                index += f["index"][:].tolist()
+        self.assertEqual(sorted(index), list(range(14)))
+
+    def test_inspect_tells_what_it_sees(self):
+        self.assert_answer(self.prefill([request()], "--save-kv"), 0)
+        record = next(n for n in os.listdir(self.path("out")) if n.endswith(".kv0.h5"))
+        for path, part in [(self.path("requests.jsonl"), b"1 requests"), (os.path.join(self.path("out"), record), b"ifkv-kv")]:
+            done = self.run_tool("inspect", path)
+            self.assert_answer(done, 0)
+            self.assertIn(part, done.stdout)
+        self.assert_answer(self.run_tool("inspect", self.path("nothing")), 66, "nothing")
+
+    def test_planned_memory_is_the_memory_used(self):
+        big = dict(CONFIG, hidden_size=512, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=8,
+                   num_key_value_heads=8, head_dim=64, vocab_size=30000)
+        self.write_config(big)
+        self.assert_answer(self.prefill([request(chunks=[[5] * 700, [6] * 700])], "--threads", "1"), 0)
+        memory = self.results()[0]["memory"]
+        self.assertAlmostEqual(memory["peak"] / memory["planned"], 1, delta=0.1)
+
+
+class Ranks(Tool):
+    ITEMS = [request(chunks=[[5 + i, 9 + i, 40 - i] * 7 for i in range(6)])]
+
+    def test_mpi_thread_and_self_agree(self):
+        seen = set()
+        for mpi, args in [(0, []), (0, ["--ranks", "3"]), (1, []), (2, []), (3, []), (5, [])]:
+            self.assert_answer(self.prefill(self.ITEMS, *args, "--overwrite", "--ratio", "0.3", mpi=mpi), 0)
+            result = self.results()[0]
+            self.assertEqual(result["size"], mpi or (3 if args else 1))
+            seen.add((result["selected_digest"], tuple(result["answer_ids"])))
+        self.assertEqual(len(seen), 1)
+
+    def test_error_is_printed_once_and_every_rank_exits_alike(self):
+        self.assert_answer(self.prefill([request(prompt=[5, N_VOCAB])], mpi=4), 65, "/prompt/1", str(N_VOCAB))
+        self.assert_answer(self.prefill([request()], "--frobnicate", mpi=3), 2, "--frobnicate")
+        self.assert_answer(self.prefill([request()], out="/dev/null/x", mpi=3), 73)
+
+    def test_validation_error_ends_within_5_seconds(self):
+        begin = time.monotonic()
+        self.assert_answer(self.prefill([request(chunks=[[-1]])], mpi=4), 65, "/chunks/0/0")
+        self.assertLess(time.monotonic() - begin, 5 + 3)  # and mpirun's own start
+
+    def test_killed_rank_ends_the_job_within_10_seconds(self):
+        items = [request(id=str(i), chunks=[[5 + i % 50] * 400 for _ in range(4)]) for i in range(2000)]
+        self.write_requests(items)
+        process = subprocess.Popen(["mpirun", "-n", "3", BIN, "prefill", "--model", self.model, "--random-weights", "1",
+                                    "--requests", self.path("requests.jsonl"), "--out", self.path("out"), "--quiet"],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            results = os.path.join(self.path("out"), "results.jsonl")
+            deadline = time.monotonic() + 40
+            while not (os.path.exists(results) and os.path.getsize(results)) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            self.assertEqual(len(ranks), 3)
+            begin = time.monotonic()
+            os.kill(int(ranks[1]), signal.SIGKILL)
+            self.assertNotEqual(process.wait(timeout=15), 0)
+            self.assertLess(time.monotonic() - begin, 10)
+            self.assertEqual([pid for pid in ranks if is_running(pid)], [])
+        finally:
+            process.kill()
+            process.wait()
+        self.assert_answer(self.run_tool("verify", self.path("out")), 0)
+
+    def test_copies_of_one_rank_are_refused(self):
+        self.assert_answer(self.prefill([request()], env={"OMPI_COMM_WORLD_SIZE": "4", "PMIX_RANK": ""}), 69)
+
+    def test_ranks_that_were_started_differently_are_refused(self):
+        self.write_requests([request()])
+        common = ["prefill", "--model", self.model, "--random-weights", "1", "--requests", self.path("requests.jsonl"),
+                  "--out", self.path("out")]
+        done = subprocess.run(["mpirun", "-n", "1", BIN, *common, ":", "-n", "1", BIN, *common, "--ratio", "0.5"],
+                              capture_output=True, timeout=60)
+        self.assert_answer(done, 70, "rank 1")
+
+    def test_busy_output_directory_is_named(self):
+        items = [request(id=str(i), chunks=[[5] * 400 for _ in range(4)]) for i in range(500)]
+        self.write_requests(items)
+        first = subprocess.Popen([BIN, "prefill", "--model", self.model, "--random-weights", "1", "--requests",
+                                  self.path("requests.jsonl"), "--out", self.path("out")],
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 20
+            while not os.path.exists(os.path.join(self.path("out"), "results.jsonl")) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            self.assert_answer(self.prefill(items, "--overwrite"), 75)
+        finally:
+            first.kill()
+            first.wait()
+
+
+if __name__ == "__main__":
+    unittest.main()
