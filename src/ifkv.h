@@ -55,8 +55,8 @@ typedef struct ifkv_error {
                */
 } ifkv_error;
 
-/* The calling thread's last error; text "" if there was none.  Valid until the thread's next ifkv
- * call that fails. */
+/* The calling thread's last error, meaningful right after a call that returned one.  Valid until
+ * the thread's next ifkv call that fails. */
 const ifkv_error *ifkv_last_error(void);
 
 typedef enum ifkv_log_level {
@@ -93,8 +93,8 @@ int ifkv_comm_size(const ifkv_comm *comm);
 const char *ifkv_comm_name(const ifkv_comm *comm);
 
 /* Make one rank's error everyone's: all ranks return the same status, that of the lowest failing
- * rank, and *rank_p (may be NULL) is that rank, or -1.  Every rank's last error is then that rank's,
- * with ifkv_error.rank set.  Collective. */
+ * rank, and *rank_p (may be NULL) is that rank, or -1.  Every rank's last error is then that
+ * rank's, with ifkv_error.rank set.  Collective. */
 ifkv_status ifkv_comm_agree(ifkv_comm *comm, ifkv_status status, int *rank_p);
 /* Copy `bytes` bytes from rank root's buffer to everyone's.  Collective. */
 ifkv_status ifkv_comm_bcast(ifkv_comm *comm, void *data, size_t bytes, int root);

@@ -216,12 +216,12 @@ ifkv_status ifkv_prefill_decode(ifkv_session *session) {
             break;
         }
         session->answer[session->n_answer++] = session->next_token;
+        report(session, IFKV_STAGE_DECODE, session->n_answer, session->max_new);
         if (session->n_answer == session->max_new)
             break; /* nothing needs the row of the last token */
         const int64_t at = session->n_prompt + session->n_answer - 1;
         session->token[session->n_context + at] = session->next_token;
         IFKV_TRY(run_tail(session, at, 1, IFKV_STAGE_DECODE));
-        report(session, IFKV_STAGE_DECODE, session->n_answer, session->max_new);
     }
     return IFKV_OK;
 }

@@ -105,7 +105,7 @@ ifkv_status ifkv_score_layers_parse(const char *text, int n_layer, ifkv_select_i
         last = first + 3 < n_layer ? first + 3 : n_layer - 1;
     } else if (!strcmp(text, "wide")) {
         first = n_layer / 3;
-        last = 5 * n_layer / 6 < n_layer ? 5 * n_layer / 6 : n_layer - 1;
+        last = (int)(5 * (int64_t)n_layer / 6); /* options_check asks for INT32_MAX layers */
         step = 3;
     } else {
         return layers_from_list(text, n_layer, input);

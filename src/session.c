@@ -1,6 +1,8 @@
 /* Plan a session: validation, host arrays, arena layout.  See session.h. */
 #include "session.h"
 
+#include "digest.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -381,6 +383,36 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     return IFKV_OK;
 }
 
+static void add_text(ifkv_digest *digest, const char *text) {
+    ifkv_digest_add(digest, text, strlen(text) + 1);
+}
+
+/* Which messages are sent, how long they are and what the scores in them mean.  Not the ids, which
+ * rank 0 hands out, nor seed and selected rows, which the digest of the selection covers. */
+static ifkv_status digest_plan(ifkv_session *session) {
+    const ifkv_prefill_options *options = &session->options;
+    const ifkv_placement *placement = &session->placement;
+    ifkv_digest *digest;
+    IFKV_TRY(ifkv_digest_create(&digest));
+    add_text(digest, session->method);
+    add_text(digest, session->exchange_name);
+    add_text(digest, session->scores ? session->score_layers : "");
+    add_text(digest, session->scores && options->score ? options->score : "l2");
+    const int64_t number[] = {
+        session->n_context,        session->n_prompt,   session->n_question,
+        session->n_selected,       session->max_new,    session->scores != NULL,
+        options->selected != NULL, placement->n_prefix, placement->n_chunk};
+    for (size_t i = 0; i < sizeof number / sizeof *number; i++)
+        ifkv_digest_add_u64(digest, (uint64_t)number[i]);
+    for (int64_t i = 0; i < placement->n_chunk; i++) {
+        ifkv_digest_add_u64(digest, (uint64_t)placement->offset[i]);
+        ifkv_digest_add_u64(digest, (uint64_t)placement->rank[i]);
+    }
+    session->plan_digest = ifkv_digest_value(digest);
+    ifkv_digest_destroy(digest);
+    return IFKV_OK;
+}
+
 ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *request,
                                 const ifkv_prefill_options *options, ifkv_session **session_p,
                                 size_t *arena_bytes_p) {
@@ -396,6 +428,7 @@ ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *r
     IFKV_TRY_GOTO(status, list_encode_rows(session), err_destroy);
     IFKV_TRY_GOTO(status, plan_selection(session), err_destroy);
     IFKV_TRY_GOTO(status, plan_passes(session), err_destroy);
+    IFKV_TRY_GOTO(status, digest_plan(session), err_destroy);
     ifkv_session_layout(session, &arena);
     if (arena.is_overflown) {
         status =

@@ -47,6 +47,7 @@ struct ifkv_session {
     int64_t *selected; /* [n_selected] */
     float *scores;     /* [n_context]; NULL unless the method scores */
     uint64_t selected_digest;
+    uint64_t plan_digest; /* of all that the ranks must have in common before the first message */
     char score_layers[2048];
     ifkv_exchange *exchange;
     ifkv_pass recompute;

@@ -46,6 +46,8 @@ static ifkv_status place(ifkv_engine *engine, const ifkv_request *request,
         status = ifkv_comm_same(engine->comm, (uint64_t)session->n_prompt, "prompt length");
     if (status == IFKV_OK)
         status = ifkv_comm_same(engine->comm, (uint64_t)session->n_question, "question length");
+    if (status == IFKV_OK)
+        status = ifkv_comm_same(engine->comm, session->plan_digest, "chunks and options");
     if (status != IFKV_OK) {
         ifkv_session_destroy(session);
         return status;
@@ -194,6 +196,8 @@ ifkv_status ifkv_session_kv_rows(const ifkv_session *session, ifkv_kv_rows *call
 ifkv_status ifkv_session_kv_read(const ifkv_session *session, int layer, float *k, float *v) {
     IFKV_REQUIRE(session && layer >= 0 && layer < session->cache.n_layer, IFKV_ERR_USAGE,
                  IFKV_E_VALUE, "session_kv_read: got layer %d", layer);
+    IFKV_REQUIRE((k && v) || session->n_kept == 0, IFKV_ERR_USAGE, IFKV_E_STRUCT,
+                 "session_kv_read: got NULL for %lld rows", (long long)session->n_kept);
     ifkv_backend *backend = session->engine->backend;
     const size_t bytes = (size_t)(session->n_kept * session->cache.n_col) * sizeof(float);
     IFKV_TRY(

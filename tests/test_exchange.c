@@ -1,0 +1,718 @@
+/* Exchanges over ranks that are threads: K/V dealt to ranks in any way, rows at home anywhere.
+ *
+ * Patterns are chosen so that the answer is exact whatever the number of ranks: keys are codes of
+ * +-1 and a query is 100 times one of them, so that the softmax picks that key alone and the output
+ * is its value, bit by bit.  Random reals are compared with a float64 attention written here. */
+#include "tiny.h"
+
+#include "agree.h"
+#include "comm.h"
+#include "error_codes.h"
+#include "exchange.h"
+
+static const int sizes[] = {1, 2, 3, 5, 8};
+enum { N_SIZE = sizeof sizes / sizeof *sizes, N_LAYER = 2, MAX_KEY = 160 };
+
+static uint64_t seed;
+
+static uint64_t mix(uint64_t z) {
+    z += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+static int64_t below(int64_t limit) {
+    return (int64_t)(mix(seed++) % (uint64_t)limit);
+}
+
+typedef enum value_pattern {
+    CODES,   /* the answer is one value, exactly */
+    REALS,   /* in [-1, 1) */
+    ONE_HOT, /* queries 0; value of the i-th key is 1 in column i: the answer counts keys */
+    SEVENS   /* real keys, all values 7 */
+} value_pattern;
+
+/* K/V of a context, who stores what, and the rows of one pass.  The same for all ranks. */
+typedef struct deal_scene {
+    const char *exchange;
+    value_pattern pattern;
+    uint64_t seed;
+    int n_head, n_kv_head, d_head, size;
+    int64_t n_prefix, n_key;
+    int64_t index[MAX_KEY]; /* ascending */
+    int owner[MAX_KEY];
+    int64_t n_row;
+    int64_t row_key[MAX_KEY]; /* key of each row of the pass */
+    int64_t row_index[MAX_KEY];
+    int home[MAX_KEY], row_owner[MAX_KEY];
+    bool is_fresh[MAX_KEY]; /* the pass stores this key anew */
+    bool is_storing;
+    float *out; /* [N_LAYER, n_row, n_head * d_head], every row written by its home */
+    int64_t bytes[8][N_LAYER]; /* received by each rank in store and attend */
+} deal_scene;
+
+static uint64_t hash(const deal_scene *it, int what, int layer, int head, int64_t key, int col) {
+    uint64_t h = mix(it->seed + (uint64_t)what);
+    h = mix(h ^ (uint64_t)layer << 32 ^ (uint64_t)head);
+    return mix(h ^ (uint64_t)key << 16 ^ (uint64_t)col);
+}
+
+static float real(uint64_t h) {
+    return (float)((double)(int64_t)h / 0x1p63);
+}
+
+/* A fresh row differs in every element from what was there. */
+static float key_at(const deal_scene *it, bool is_fresh, int layer, int head, int64_t key,
+                    int col) {
+    const uint64_t h = hash(it, is_fresh ? 1 : 0, layer, head, key, col);
+    return it->pattern == CODES ? (h & 1 ? 1.0f : -1.0f) : real(h);
+}
+
+static float value_at(const deal_scene *it, bool is_fresh, int layer, int head, int64_t key,
+                      int col) {
+    const uint64_t h = hash(it, is_fresh ? 3 : 2, layer, head, key, col);
+    if (it->pattern == CODES)
+        return (float)(1 + (int64_t)(h % 1000)) * (h >> 60 & 1 ? 1.0f : -1.0f);
+    if (it->pattern == ONE_HOT) return key == col ? 1.0f : 0.0f;
+    return it->pattern == SEVENS ? 7.0f : real(h);
+}
+
+static bool is_visible(const deal_scene *it, int64_t row, int64_t key) {
+    if (it->index[key] > it->row_index[row]) return false;
+    return strcmp(it->exchange, "local") || it->owner[key] == it->home[row] ||
+           it->index[key] < it->n_prefix;
+}
+
+/* The key that a row's query head picks: any visible one. */
+static int64_t target_of(const deal_scene *it, int layer, int64_t row, int head) {
+    int64_t visible[MAX_KEY], n = 0;
+    for (int64_t key = 0; key < it->n_key; key++)
+        if (is_visible(it, row, key)) visible[n++] = key;
+    return visible[hash(it, 5, layer, head, row, 0) % (uint64_t)n];
+}
+
+static void fill_query(const deal_scene *it, int layer, int64_t row, float *q) {
+    const int group = it->n_head / it->n_kv_head;
+    for (int h = 0; h < it->n_head; h++) {
+        const int64_t target = it->pattern == CODES ? target_of(it, layer, row, h) : 0;
+        for (int c = 0; c < it->d_head; c++) {
+            float *to = q + h * it->d_head + c;
+            if (it->pattern == CODES)
+                *to = 100 * key_at(it, it->is_fresh[target], layer, h / group, target, c);
+            else
+                *to = it->pattern == ONE_HOT ? 0 : 4 * real(hash(it, 4, layer, h, row, c));
+        }
+    }
+}
+
+/* One rank's side of a scene. */
+typedef struct side {
+    const deal_scene *scene;
+    ifkv_backend *backend;
+    ifkv_kvcache cache;
+    int64_t index[MAX_KEY], key[MAX_KEY]; /* of the shard's rows */
+    int64_t n_home, row[MAX_KEY];         /* rows of the pass at home here */
+    ifkv_view qkv, out;
+    ifkv_exchange *exchange;
+    void *memory;
+} side;
+
+static void layout(side *it, ifkv_arena *arena) {
+    const deal_scene *scene = it->scene;
+    const int64_t q = (int64_t)scene->n_head * scene->d_head,
+                  kv = (int64_t)scene->n_kv_head * scene->d_head;
+    ifkv_kvcache_layout(&it->cache, arena, IFKV_DTYPE_F32, N_LAYER, kv, it->cache.n_row + 1);
+    it->qkv = ifkv_arena_view(arena, IFKV_DTYPE_F32, it->n_home, q + 2 * kv);
+    it->out = ifkv_arena_view(arena, IFKV_DTYPE_F32, it->n_home, q);
+    it->exchange->ops->layout(it->exchange, arena);
+}
+
+static void fill_shard(side *it) {
+    const deal_scene *scene = it->scene;
+    for (int layer = 0; layer < N_LAYER; layer++) {
+        const ifkv_view k = ifkv_kvcache_k(&it->cache, layer),
+                        v = ifkv_kvcache_v(&it->cache, layer);
+        for (int64_t row = 0; row < it->cache.n_row; row++)
+            for (int h = 0; h < scene->n_kv_head; h++)
+                for (int c = 0; c < scene->d_head; c++) {
+                    const int64_t at = row * k.stride + h * scene->d_head + c;
+                    const bool is_fresh = scene->is_fresh[it->key[row]] && !scene->is_storing;
+                    ((float *)k.data)[at] = key_at(scene, is_fresh, layer, h, it->key[row], c);
+                    ((float *)v.data)[at] = value_at(scene, is_fresh, layer, h, it->key[row], c);
+                }
+    }
+}
+
+static void close_side(side *it) {
+    ifkv_exchange_destroy(it->exchange);
+    if (it->backend) it->backend->ops->free(it->backend, it->memory);
+    ifkv_backend_close(it->backend);
+}
+
+/* Half open on error: close_side takes it. */
+static ifkv_status open_side(const deal_scene *scene, ifkv_comm *comm, side *it) {
+    const int rank = ifkv_comm_rank(comm);
+    memset(it, 0, sizeof *it);
+    it->scene = scene;
+    int prefix_rank = 0;
+    for (int64_t key = 0; key < scene->n_key; key++) {
+        if (scene->index[key] == 0) prefix_rank = scene->owner[key];
+        if (scene->owner[key] != rank) continue;
+        it->key[it->cache.n_row] = key;
+        it->index[it->cache.n_row++] = scene->index[key];
+    }
+    it->cache.index = it->index;
+    for (int64_t i = 0; i < scene->n_row; i++)
+        if (scene->home[i] == rank) it->row[it->n_home++] = i;
+    IFKV_TRY(ifkv_backend_open("cpu", 1, &it->backend));
+    IFKV_TRY(
+        it->backend->ops->prepare(it->backend, scene->n_head, scene->n_kv_head, scene->d_head));
+    const ifkv_exchange_shape shape = {
+        .n_head = scene->n_head,
+        .n_kv_head = scene->n_kv_head,
+        .d_head = scene->d_head,
+        .n_layer = N_LAYER,
+        .max_row = scene->n_row,
+        .max_home = it->n_home,
+        .n_prefix = scene->n_prefix,
+        .prefix_rank = prefix_rank,
+    };
+    IFKV_TRY(ifkv_exchange_create(scene->exchange, it->backend, comm, &it->cache, &shape,
+                                  &it->exchange));
+    ifkv_arena arena = {0};
+    layout(it, &arena);
+    IFKV_TRY(it->backend->ops->alloc(it->backend, arena.peak + 1, &it->memory));
+    memset(it->memory, 0xff, arena.peak + 1); /* NaN, and no row */
+    arena = (ifkv_arena){.base = it->memory};
+    layout(it, &arena);
+    fill_shard(it);
+    return IFKV_OK;
+}
+
+/* Every row of the shard holds its pattern: fresh in the layers that were stored, old elsewhere. */
+static bool shard_holds(const side *it, int n_stored) {
+    const deal_scene *scene = it->scene;
+    for (int layer = 0; layer < N_LAYER; layer++) {
+        const ifkv_view k = ifkv_kvcache_k(&it->cache, layer),
+                        v = ifkv_kvcache_v(&it->cache, layer);
+        for (int64_t row = 0; row < it->cache.n_row; row++)
+            for (int h = 0; h < scene->n_kv_head; h++)
+                for (int c = 0; c < scene->d_head; c++) {
+                    const int64_t at = row * k.stride + h * scene->d_head + c, key = it->key[row];
+                    const bool is_fresh = scene->is_fresh[key] && layer < n_stored;
+                    if (((float *)k.data)[at] != key_at(scene, is_fresh, layer, h, key, c) ||
+                        ((float *)v.data)[at] != value_at(scene, is_fresh, layer, h, key, c))
+                        return false;
+                }
+    }
+    return true;
+}
+
+static ifkv_status store_layer(side *it, int layer) {
+    const deal_scene *scene = it->scene;
+    const int64_t q = (int64_t)scene->n_head * scene->d_head,
+                  kv = (int64_t)scene->n_kv_head * scene->d_head;
+    for (int64_t i = 0; i < it->n_home; i++)
+        for (int h = 0; h < scene->n_kv_head; h++)
+            for (int c = 0; c < scene->d_head; c++) {
+                float *to = (float *)it->qkv.data + i * it->qkv.stride + q + h * scene->d_head + c;
+                const int64_t key = scene->row_key[it->row[i]];
+                to[0] = key_at(scene, true, layer, h, key, c);
+                to[kv] = value_at(scene, true, layer, h, key, c);
+            }
+    const ifkv_view k = ifkv_view_block(&it->qkv, 0, it->n_home, q, kv),
+                    v = ifkv_view_block(&it->qkv, 0, it->n_home, q + kv, kv);
+    IFKV_TRY(it->exchange->ops->store(it->exchange, layer, &k, &v));
+    return agree_true(it->exchange->comm, shard_holds(it, layer + 1));
+}
+
+static ifkv_status attend_layer(side *it, int layer) {
+    const deal_scene *scene = it->scene;
+    const int64_t q = (int64_t)scene->n_head * scene->d_head;
+    for (int64_t i = 0; i < it->n_home; i++)
+        fill_query(scene, layer, it->row[i], (float *)it->qkv.data + i * it->qkv.stride);
+    const ifkv_view query = ifkv_view_block(&it->qkv, 0, it->n_home, 0, q);
+    IFKV_TRY(it->exchange->ops->attend(it->exchange, layer, &query, &it->out));
+    for (int64_t i = 0; i < it->n_home; i++)
+        memcpy(scene->out + (layer * scene->n_row + it->row[i]) * q,
+               (float *)it->out.data + i * it->out.stride, (size_t)q * sizeof(float));
+    return IFKV_OK;
+}
+
+static ifkv_status run_pass(side *it, deal_scene *scene) {
+    ifkv_comm *comm = it->exchange->comm;
+    const ifkv_exchange_rows rows = {.n_row = scene->n_row,
+                                     .index = scene->row_index,
+                                     .home = scene->home,
+                                     .owner = scene->row_owner};
+    IFKV_TRY(it->exchange->ops->begin(it->exchange, &rows));
+    for (int layer = 0; layer < N_LAYER; layer++) {
+        comm->bytes_received = 0;
+        if (scene->is_storing) IFKV_TRY(store_layer(it, layer));
+        IFKV_TRY(attend_layer(it, layer));
+        scene->bytes[comm->rank][layer] = comm->bytes_received;
+    }
+    return IFKV_OK;
+}
+
+static ifkv_status run_rank(ifkv_comm *comm, void *arg) {
+    side it;
+    ifkv_status status = agree_ok(comm, open_side(arg, comm, &it));
+    if (status == IFKV_OK) status = run_pass(&it, arg);
+    close_side(&it);
+    return status;
+}
+
+static void run(deal_scene *it) {
+    const int64_t n = N_LAYER * it->n_row * it->n_head * it->d_head;
+    it->out = malloc((size_t)n * sizeof *it->out + 1);
+    assert_non_null(it->out);
+    for (int64_t i = 0; i < n; i++) it->out[i] = NAN;
+    assert_ok(ifkv_comm_thread_run(it->size, run_rank, it));
+}
+
+/* float64 attention of one row and head over what it sees; out [d_head]. */
+static void attend_exactly(const deal_scene *it, int layer, int64_t row, int head, double *out) {
+    float q[8 * 128];
+    const int kv_head = head / (it->n_head / it->n_kv_head);
+    double score[MAX_KEY], max = -INFINITY, sum = 0;
+    fill_query(it, layer, row, q);
+    for (int64_t key = 0; key < it->n_key; key++) {
+        score[key] = 0;
+        for (int c = 0; c < it->d_head; c++)
+            score[key] += (double)q[head * it->d_head + c] *
+                          (double)key_at(it, it->is_fresh[key], layer, kv_head, key, c);
+        score[key] = is_visible(it, row, key) ? score[key] / sqrt(it->d_head) : -INFINITY;
+        if (score[key] > max) max = score[key];
+    }
+    for (int c = 0; c < it->d_head; c++) out[c] = 0;
+    if (max == -INFINITY) return;
+    for (int64_t key = 0; key < it->n_key; key++) {
+        const double weight = exp(score[key] - max);
+        sum += weight;
+        for (int c = 0; c < it->d_head; c++)
+            out[c] += weight * (double)value_at(it, it->is_fresh[key], layer, kv_head, key, c);
+    }
+    for (int c = 0; c < it->d_head; c++) out[c] /= sum;
+}
+
+static void assert_equals_reference(const deal_scene *it) {
+    double difference = 0, norm = 0, want[128];
+    for (int layer = 0; layer < N_LAYER; layer++)
+        for (int64_t row = 0; row < it->n_row; row++)
+            for (int h = 0; h < it->n_head; h++) {
+                attend_exactly(it, layer, row, h, want);
+                for (int c = 0; c < it->d_head; c++) {
+                    const int64_t at =
+                        ((layer * it->n_row + row) * it->n_head + h) * it->d_head + c;
+                    difference += (it->out[at] - want[c]) * (it->out[at] - want[c]);
+                    norm += want[c] * want[c];
+                }
+            }
+    /* relative L2; scores reach 16, so their rounding of 2^-24 * 16 is what the weights carry */
+    const double error = difference == 0 ? 0 : sqrt(difference / norm);
+    if (!(error <= 5e-6)) fail_msg("%s over %d ranks: error %.3g", it->exchange, it->size, error);
+}
+
+static void assert_equals_targets(const deal_scene *it) {
+    const int group = it->n_head / it->n_kv_head;
+    for (int layer = 0; layer < N_LAYER; layer++)
+        for (int64_t row = 0; row < it->n_row; row++)
+            for (int h = 0; h < it->n_head; h++)
+                for (int c = 0; c < it->d_head; c++) {
+                    const int64_t key = target_of(it, layer, row, h);
+                    const float got =
+                        it->out[((layer * it->n_row + row) * it->n_head + h) * it->d_head + c];
+                    const float want = value_at(it, it->is_fresh[key], layer, h / group, key, c);
+                    if (got != want)
+                        fail_msg("%s over %d ranks, layer %d, row %lld, head %d, column %d: got "
+                                 "%g, want %g of key %lld",
+                                 it->exchange, it->size, layer, (long long)row, h, c, (double)got,
+                                 (double)want, (long long)key);
+                }
+}
+
+static void assert_counts_each_key_once(const deal_scene *it) {
+    for (int layer = 0; layer < N_LAYER; layer++)
+        for (int64_t row = 0; row < it->n_row; row++) {
+            int n = 0;
+            for (int64_t key = 0; key < it->n_key; key++) n += is_visible(it, row, key);
+            for (int h = 0; h < it->n_head; h++)
+                for (int64_t key = 0; key < it->d_head; key++) {
+                    const double got =
+                        it->out[((layer * it->n_row + row) * it->n_head + h) * it->d_head + key];
+                    const bool is_seen = key < it->n_key && is_visible(it, row, key);
+                    /* a quotient, a weight and a sum are rounded: a few 2^-24 */
+                    if (fabs(got * n - is_seen) > (is_seen ? 1e-6 : 0))
+                        fail_msg("%s over %d ranks, row %lld sees key %lld %g times", it->exchange,
+                                 it->size, (long long)row, (long long)key, got * n);
+                }
+        }
+}
+
+/* A random scene: 1 to max_key keys, dealt to ranks at random, or all to one; about a third of them
+ * are rows of the pass, at home at random, or where they are stored. */
+static deal_scene random_scene(const char *exchange, value_pattern pattern, int size,
+                               int64_t max_key) {
+    static const struct {
+        int n_head, n_kv_head, d_head;
+    } heads[] = {{2, 2, 64}, {6, 2, 64}, {5, 1, 128}};
+    deal_scene it = {.exchange = exchange, .pattern = pattern, .size = size, .is_storing = true};
+    const int64_t shape = below(3);
+    it.n_head = heads[shape].n_head;
+    it.n_kv_head = heads[shape].n_kv_head;
+    it.d_head = heads[shape].d_head;
+    it.seed = mix(seed++);
+    it.n_key = 1 + below(max_key);
+    const bool is_local = !strcmp(exchange, "local"), is_lopsided = below(4) == 0;
+    const int one = (int)below(size), first = (int)below(size);
+    it.n_prefix = below(it.n_key < 6 ? it.n_key : 6);
+    for (int64_t key = 0; key < it.n_key; key++) {
+        it.index[key] = key;
+        it.owner[key] = is_lopsided ? one : (int)below(size);
+        if (key < it.n_prefix || key == 0) it.owner[key] = first; /* a prefix lies in one chunk */
+        /* the prefix is lent before the pass stores anything, as nobody recomputes it */
+        if (below(3) || (is_local && key < it.n_prefix)) continue;
+        it.row_key[it.n_row] = it.row_index[it.n_row] = key;
+        it.row_owner[it.n_row] = it.owner[key];
+        it.home[it.n_row++] = is_local ? it.owner[key] : (int)below(size);
+        it.is_fresh[key] = true;
+    }
+    return it;
+}
+
+static void each(const char *exchange, value_pattern pattern, int64_t max_key,
+                 void (*check)(const deal_scene *it)) {
+    for (int s = 0; s < N_SIZE; s++)
+        for (int round = 0; round < 6; round++) {
+            deal_scene it = random_scene(exchange, pattern, sizes[s], max_key);
+            run(&it);
+            check(&it);
+            free(it.out);
+        }
+}
+
+static void query_finds_every_key_on_every_rank(void **state) {
+    (void)state;
+    each("query", CODES, MAX_KEY, assert_equals_targets);
+}
+
+static void query_equals_float64_attention(void **state) {
+    (void)state;
+    each("query", REALS, MAX_KEY, assert_equals_reference);
+}
+
+static void i24_query_counts_each_key_once(void **state) {
+    (void)state;
+    each("query", ONE_HOT, 64, assert_counts_each_key_once);
+}
+
+static void i24_query_of_equal_values_gives_that_value(void **state) {
+    (void)state;
+    each("query", SEVENS, MAX_KEY, assert_equals_reference);
+}
+
+static void local_finds_every_key_of_its_rank_and_the_prefix(void **state) {
+    (void)state;
+    each("local", CODES, MAX_KEY, assert_equals_targets);
+}
+
+static void local_equals_float64_attention_over_what_it_sees(void **state) {
+    (void)state;
+    each("local", REALS, MAX_KEY, assert_equals_reference);
+}
+
+/* The lent prefix must not count twice on the rank that stores it. */
+static void i24_local_counts_each_key_once(void **state) {
+    (void)state;
+    each("local", ONE_HOT, 64, assert_counts_each_key_once);
+}
+
+/* Other homes, other order of rows in messages: the same bits for every row. */
+static void i07_homes_change_no_bit(void **state) {
+    (void)state;
+    for (int s = 0; s < N_SIZE; s++)
+        for (int round = 0; round < 6; round++) {
+            deal_scene one = random_scene("query", REALS, sizes[s], MAX_KEY), other = one;
+            for (int64_t i = 0; i < other.n_row; i++) other.home[i] = (int)below(other.size);
+            run(&one);
+            run(&other);
+            assert_memory_equal(one.out, other.out,
+                                (size_t)(N_LAYER * one.n_row * one.n_head * one.d_head) *
+                                    sizeof(float));
+            free(one.out);
+            free(other.out);
+        }
+}
+
+/* However the keys are cut into shards, empty ones included. */
+static void i13_shards_change_no_result(void **state) {
+    (void)state;
+    for (int round = 0; round < 6; round++) {
+        deal_scene it = random_scene("query", REALS, 5, MAX_KEY);
+        for (int way = 0; way < 4; way++) {
+            deal_scene cut = it;
+            for (int64_t key = 0; key < it.n_key; key++)
+                cut.owner[key] = way == 0   ? 3                           /* one shard */
+                                 : way == 1 ? (int)(key * 5 / it.n_key)   /* five slices */
+                                 : way == 2 ? (int)(key % 2 * 4)          /* two combs */
+                                            : (int)(key + 1 == it.n_key); /* all but one */
+            for (int64_t i = 0; i < it.n_row; i++) cut.row_owner[i] = cut.owner[it.row_key[i]];
+            run(&cut);
+            assert_equals_reference(&cut);
+            free(cut.out);
+        }
+    }
+}
+
+/* Rows below all keys, without a store: nothing to see on any rank is zero, not NaN. */
+static void i13_row_that_sees_nothing_is_zero(void **state) {
+    (void)state;
+    for (int s = 0; s < N_SIZE; s++) {
+        deal_scene it = random_scene("query", REALS, sizes[s], 20);
+        it.is_storing = false;
+        memset(it.is_fresh, 0, sizeof it.is_fresh);
+        for (int64_t key = 0; key < it.n_key; key++) it.index[key] += 100;
+        it.n_row = 3;
+        for (int64_t i = 0; i < it.n_row; i++) {
+            it.row_index[i] = 40 * i; /* the last one is below 100, too */
+            it.home[i] = (int)below(it.size);
+            it.row_owner[i] = 0;
+        }
+        run(&it);
+        for (int64_t i = 0; i < N_LAYER * it.n_row * it.n_head * it.d_head; i++)
+            assert_true(it.out[i] == 0);
+        free(it.out);
+    }
+}
+
+/* Columns of q, of K and V together, in bytes. */
+static void i25_query_receives_the_bytes_it_says(void **state) {
+    (void)state;
+    for (int s = 0; s < N_SIZE; s++) {
+        deal_scene it = random_scene("query", REALS, sizes[s], MAX_KEY);
+        const int64_t q = 4 * (int64_t)it.n_head * it.d_head,
+                      kv = 8 * (int64_t)it.n_kv_head * it.d_head;
+        run(&it);
+        for (int r = 0; r < it.size; r++) {
+            int64_t n_home = 0, n_fresh = 0;
+            for (int64_t i = 0; i < it.n_row; i++) {
+                n_home += it.home[i] == r;
+                n_fresh += it.row_owner[i] == r && it.home[i] != r;
+            }
+            const int64_t want = (it.n_row - n_home) * q +
+                                 (it.size - 1) * n_home * (q + 4 * it.n_head) + n_fresh * kv;
+            for (int layer = 0; layer < N_LAYER; layer++)
+                assert_int_equal(it.bytes[r][layer], want);
+        }
+        free(it.out);
+    }
+}
+
+/* Passes follow each other on one exchange; what a longer one left behind is not seen. */
+static ifkv_status run_shrinking(ifkv_comm *comm, void *arg) {
+    deal_scene *it = arg, less = *it;
+    side mine;
+    ifkv_status status = agree_ok(comm, open_side(it, comm, &mine));
+    while (status == IFKV_OK && less.n_row > 0) {
+        less.n_row /= 2; /* down to a pass of no rows, which is a pass all the same */
+        mine.scene = &less;
+        mine.n_home = 0;
+        for (int64_t i = 0; i < less.n_row; i++)
+            if (less.home[i] == comm->rank) mine.row[mine.n_home++] = i;
+        mine.out.n_row = mine.n_home;
+        const ifkv_exchange_rows rows = {less.n_row, less.row_index, less.home, less.row_owner};
+        status = mine.exchange->ops->begin(mine.exchange, &rows);
+        for (int layer = 0; layer < N_LAYER && status == IFKV_OK; layer++)
+            status = attend_layer(&mine, layer);
+        /* the next pass writes over this one's output */
+        if (status == IFKV_OK) status = ifkv_comm_barrier(comm);
+    }
+    close_side(&mine);
+    return status;
+}
+
+static void passes_may_shrink_to_nothing(void **state) {
+    (void)state;
+    static const char *const names[] = {"query", "local"};
+    for (int e = 0; e < 2; e++)
+        for (int s = 0; s < N_SIZE; s++) {
+            deal_scene it = random_scene(names[e], CODES, sizes[s], MAX_KEY);
+            it.is_storing = false; /* the shards hold the fresh rows from the start */
+            const int64_t n = N_LAYER * it.n_row * it.n_head * it.d_head;
+            it.out = calloc((size_t)n + 1, sizeof *it.out);
+            assert_non_null(it.out);
+            assert_ok(ifkv_comm_thread_run(it.size, run_shrinking, &it));
+            /* the last pass with rows had one */
+            if (it.n_row > 1) {
+                it.n_row = 1;
+                assert_equals_targets(&it);
+            }
+            free(it.out);
+        }
+}
+
+/* With queries of zero the log-sum-exp is that of the number of keys. */
+typedef struct count_run {
+    int64_t n_key, n_row;
+    double worst[8];
+} count_run;
+
+static ifkv_status merge_counts(ifkv_comm *comm, count_run *run, ifkv_backend *backend,
+                                float *memory) {
+    const int rank = comm->rank, size = comm->size, d_head = 64;
+    const int64_t n = run->n_row, cols = d_head + 1;
+    int64_t n_own = 0, begin[8] = {0}, end[8];
+    size_t bytes[8], offset[8];
+    float *parts = memory, *keys = parts + size * n * cols, *out = keys + run->n_key * d_head;
+    for (int64_t i = 0; i < n; i++) end[i] = 0;
+    for (int64_t key = 0; key < run->n_key; key++) {
+        if (mix((uint64_t)key) % (uint64_t)size != (uint64_t)rank) continue;
+        n_own++;
+        for (int64_t i = 0; i < n; i++) /* row i sees keys 0 .. key(i) */
+            if (key <= run->n_key * i / n) end[i] = n_own;
+    }
+    for (int64_t i = 0; i < n_own * d_head; i++) keys[i] = (float)(i % 7);
+    float *q = out + n * cols;
+    memset(q, 0, (size_t)(n * d_head) * sizeof *q);
+    ifkv_view views[2 * 8];
+    for (int r = 0; r < size; r++) {
+        const ifkv_view part = ifkv_view_make(parts + r * n * cols, IFKV_DTYPE_F32, n, cols, cols);
+        views[r] = ifkv_view_block(&part, 0, n, 0, d_head);
+        views[size + r] = ifkv_view_block(&part, 0, n, d_head, 1);
+        bytes[r] = (size_t)(n * cols) * sizeof(float);
+        offset[r] = (size_t)r * bytes[r];
+    }
+    const ifkv_attention_args attention = {
+        .n_head = 1,
+        .n_kv_head = 1,
+        .d_head = d_head,
+        .scale = 0.125f,
+        .q = ifkv_view_make(q, IFKV_DTYPE_F32, n, d_head, d_head),
+        .k = ifkv_view_make(keys, IFKV_DTYPE_F32, n_own, d_head, d_head),
+        .v = ifkv_view_make(keys, IFKV_DTYPE_F32, n_own, d_head, d_head),
+        .begin = begin,
+        .end = end,
+        .out = views[rank],
+        .lse = views[size + rank],
+    };
+    IFKV_TRY(backend->ops->attention(backend, &attention));
+    IFKV_TRY(ifkv_comm_all_gather(comm, (char *)parts + offset[rank], parts, bytes, offset));
+    const ifkv_view merged = ifkv_view_make(out, IFKV_DTYPE_F32, n, cols, cols);
+    const ifkv_merge_args merge = {
+        .n_head = 1,
+        .d_head = d_head,
+        .n_part = size,
+        .out_part = views,
+        .lse_part = views + size,
+        .out = ifkv_view_block(&merged, 0, n, 0, d_head),
+        .lse = ifkv_view_block(&merged, 0, n, d_head, 1),
+    };
+    IFKV_TRY(backend->ops->merge(backend, &merge));
+    run->worst[rank] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const double want = log((double)(run->n_key * i / n + 1));
+        const double error = fabs((double)out[i * cols + d_head] - want);
+        if (!(error <= run->worst[rank])) run->worst[rank] = error;
+    }
+    return IFKV_OK;
+}
+
+static ifkv_status run_counts(ifkv_comm *comm, void *arg) {
+    count_run *run = arg;
+    ifkv_backend *backend = NULL;
+    float *memory = calloc(1 << 16, sizeof *memory);
+    if (!memory) abort();
+    ifkv_status status = ifkv_backend_open("cpu", 1, &backend);
+    if (status == IFKV_OK) status = backend->ops->prepare(backend, 1, 1, 64);
+    status = agree_ok(comm, status);
+    if (status == IFKV_OK) status = merge_counts(comm, run, backend, memory);
+    ifkv_backend_close(backend);
+    free(memory);
+    return status;
+}
+
+static void i24_merged_lse_of_zero_queries_is_the_log_of_the_count(void **state) {
+    (void)state;
+    for (int s = 0; s < N_SIZE; s++)
+        for (int64_t n_key = 1; n_key < 400; n_key += 57) {
+            count_run run = {.n_key = n_key, .n_row = 7};
+            assert_ok(ifkv_comm_thread_run(sizes[s], run_counts, &run));
+            /* parts are rounded to 2^-24 of at most 6, so is the result */
+            for (int r = 0; r < sizes[s]; r++) assert_true(run.worst[r] <= 1e-6);
+        }
+}
+
+static ifkv_status create_unknown(ifkv_comm *comm, void *arg) {
+    const ifkv_exchange_shape shape = {.n_head = 1, .n_kv_head = 1, .d_head = 64};
+    ifkv_exchange *exchange = NULL;
+    return ifkv_exchange_create(arg, NULL, comm, NULL, &shape, &exchange);
+}
+
+static void unknown_names_are_refused(void **state) {
+    (void)state;
+    static const char *const bad[] = {"", "kv", "Query", "query "};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        assert_null(ifkv_exchange_find(bad[i]));
+        char name[16];
+        snprintf(name, sizeof name, "%s", bad[i]);
+        assert_fails(ifkv_comm_thread_run(1, create_unknown, name), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                     "exchange");
+    }
+    assert_string_equal(ifkv_exchange_find("local")->name, "local");
+}
+
+static ifkv_status begin_only(ifkv_comm *comm, void *arg) {
+    deal_scene *it = arg, *asked = arg;
+    side mine;
+    ifkv_status status = agree_ok(comm, open_side(it, comm, &mine));
+    const int moved[1] = {1};
+    const ifkv_exchange_rows rows = {1, asked->row_index, moved, asked->row_owner};
+    if (status == IFKV_OK) status = mine.exchange->ops->begin(mine.exchange, &rows);
+    close_side(&mine);
+    return status;
+}
+
+static void local_refuses_rows_away_from_their_keys(void **state) {
+    (void)state;
+    deal_scene it = random_scene("local", CODES, 2, 1);
+    it.owner[0] = it.home[0] = it.row_owner[0] = 0;
+    it.row_index[0] = it.row_key[0] = 0;
+    it.n_row = 1;
+    assert_fails(ifkv_comm_thread_run(2, begin_only, &it), IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                 "is at home on rank 1 and stored on rank 0");
+}
+
+static void query_refuses_more_rows_than_planned(void **state) {
+    (void)state;
+    deal_scene it = random_scene("query", CODES, 2, 1);
+    it.owner[0] = it.home[0] = it.row_owner[0] = 0;
+    it.row_index[0] = it.row_key[0] = 0;
+    it.n_row = 1; /* planned for rank 0, asked for on rank 1 */
+    assert_fails(ifkv_comm_thread_run(2, begin_only, &it), IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                 "1 at home, expected");
+}
+
+int main(void) {
+    seed = tiny_seed();
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(query_finds_every_key_on_every_rank),
+        cmocka_unit_test(query_equals_float64_attention),
+        cmocka_unit_test(i24_query_counts_each_key_once),
+        cmocka_unit_test(i24_query_of_equal_values_gives_that_value),
+        cmocka_unit_test(local_finds_every_key_of_its_rank_and_the_prefix),
+        cmocka_unit_test(local_equals_float64_attention_over_what_it_sees),
+        cmocka_unit_test(i24_local_counts_each_key_once),
+        cmocka_unit_test(i07_homes_change_no_bit),
+        cmocka_unit_test(i13_shards_change_no_result),
+        cmocka_unit_test(i13_row_that_sees_nothing_is_zero),
+        cmocka_unit_test(i25_query_receives_the_bytes_it_says),
+        cmocka_unit_test(passes_may_shrink_to_nothing),
+        cmocka_unit_test(i24_merged_lse_of_zero_queries_is_the_log_of_the_count),
+        cmocka_unit_test(unknown_names_are_refused),
+        cmocka_unit_test(local_refuses_rows_away_from_their_keys),
+        cmocka_unit_test(query_refuses_more_rows_than_planned),
+    };
+    return cmocka_run_group_tests_name("exchange", tests, NULL, NULL);
+}

@@ -1,0 +1,93 @@
+/* Tiny models, awkward requests and whole prefills of them, for tests of the pipeline.
+ *
+ * Owns directories with nothing but a config.json (weights are drawn), seeded token ids, and a
+ * runner that opens an engine on every rank of a "thread" communicator, fills its arena with NaN,
+ * prefills, and collects what must not depend on the number of ranks.  Rank threads return a
+ * status; the main thread asserts. */
+#ifndef IFKV_TESTS_TINY_H
+#define IFKV_TESTS_TINY_H
+
+#include "test.h"
+
+/* algorithm section 8: fp32 CPU path, relative L2 per tensor */
+#define TINY_TOLERANCE 2e-5
+
+typedef struct tiny_shape {
+    const char *name, *family;
+    int n_layer, d_model, n_head, n_kv_head, d_head, d_ff, n_vocab;
+    bool is_tied;
+} tiny_shape;
+
+/* Both families, d_head 64 and 128, 1, 3 and 5 query heads a K/V head, tied and untied, 3 to 6
+ * layers; n_head * d_head never equals d_model. */
+enum { TINY_N_SHAPE = 4 };
+extern const tiny_shape tiny_shapes[TINY_N_SHAPE];
+
+/* Make dir/<name>/config.json with the given end-of-turn id (-1: none).  The caller frees the path.
+ */
+char *tiny_model(const char *dir, const tiny_shape *shape, int eos);
+
+/* IFKV_TEST_SEED or the time; printed once by each program. */
+uint64_t tiny_seed(void);
+/* The next number of a seeded sequence, below `limit`; state advances. */
+int64_t tiny_below(uint64_t *state, int64_t limit);
+
+typedef struct tiny_request {
+    ifkv_request request; /* views the arrays below */
+    int32_t *token;       /* owned: prefix, chunks, prompt, question */
+    int64_t *offset;      /* owned */
+    int64_t n_context;
+} tiny_request;
+
+/* Random ids below n_vocab in these lengths; n_question 0 leaves the question out. */
+tiny_request tiny_request_make(uint64_t *state, int n_vocab, int64_t n_prefix, int64_t n_chunk,
+                               const int64_t *chunk_length, int64_t n_prompt, int64_t n_question);
+void tiny_request_fini(tiny_request *request);
+/* Index behind the last row of chunk i. */
+int64_t tiny_request_end(const tiny_request *request, int64_t chunk);
+
+typedef ifkv_status (*tiny_engine_fn)(ifkv_engine *engine);
+typedef ifkv_status (*tiny_session_fn)(ifkv_session *session);
+
+typedef struct tiny_run {
+    /* In. */
+    const char *model; /* directory */
+    uint64_t weight_seed;
+    int n_thread; /* 0: one */
+    const ifkv_request *request;
+    ifkv_prefill_options options; /* size may be left 0; scores are always kept */
+    tiny_engine_fn before;        /* on every rank, between the engine and the session; or NULL */
+    tiny_session_fn after;        /* on every rank, on the open session; or NULL */
+
+    /* Out: as rank 0 has it, owned. */
+    int n_layer;
+    int64_t n_context, n_col, n_vocab, n_selected, n_answer;
+    uint64_t selected_digest;
+    float *k, *v;      /* [n_layer, n_context, n_col] */
+    float *logits;     /* [n_vocab] of the first token */
+    float *scores;     /* [n_context] or NULL */
+    int64_t *selected; /* [n_selected] */
+    int32_t *answer;   /* [n_answer] */
+} tiny_run;
+
+/* Prefill and decode on `size` ranks ("self" if 0).  Scores and selection must be the same bits on
+ * every rank, or the run fails.  Release with tiny_run_fini. */
+ifkv_status tiny_run_on(int size, tiny_run *run);
+void tiny_run_fini(tiny_run *run);
+
+/* |got - want| / |want| in L2; NaN in either gives NaN. */
+double tiny_error(const float *got, const float *want, int64_t n);
+/* Largest such error over K and V of all layers, rows [first, end). */
+double tiny_rows_error(const tiny_run *got, const tiny_run *want, int64_t first, int64_t end);
+/* True if K, V of all layers are the same bits. */
+bool tiny_same_rows(const tiny_run *got, const tiny_run *want);
+
+/* value <= limit, where NaN is not */
+#define assert_within(value, limit)                                                                \
+    do {                                                                                           \
+        const double value_ = (value), limit_ = (limit);                                           \
+        if (!(value_ <= limit_))                                                                   \
+            fail_msg("%s: got %.3g, want at most %.3g", #value, value_, limit_);                   \
+    } while (0)
+
+#endif
