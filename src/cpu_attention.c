@@ -15,15 +15,25 @@
 #include <string.h>
 
 typedef struct tile_shape {
-    int64_t rows; /* rows of the call; stacked rows are group times as many */
-    int64_t keys;
+    int64_t rows;       /* rows of the call; stacked rows are group times as many */
+    int64_t keys;       /* a block of the online softmax */
+    int64_t value_keys; /* keys of one product P V */
 } tile_shape;
 
-/* S [rows * group, keys] with the tiles of Q and O must stay in a 1 MiB second level cache beside
- * the key and value block; a product wants about 200 rows to pay for packing its keys. */
-static tile_shape tile_for(int group) {
-    const int64_t rows = 192 / group;
-    return (tile_shape){.rows = rows ? rows : 1, .keys = 512};
+enum {
+    STACKED_ROWS = 240, /* enough to pay for packing the keys of a block */
+    BLOCK_KEYS = 512,   /* S [240, 512] is half of a 1 MiB second level cache */
+    /* OpenBLAS multiplies without packing its operands up to this many products (100^3), which is
+     * 15 % faster for P V; with fewer than 32 keys a product rewriting O costs more than that. */
+    UNPACKED_PRODUCTS = 1000000,
+    MIN_VALUE_KEYS = 32
+};
+
+static tile_shape tile_for(int group, int d_head) {
+    const int64_t rows = group < STACKED_ROWS ? STACKED_ROWS / group : 1;
+    const int64_t fit = UNPACKED_PRODUCTS / (rows * group * d_head) / 16 * 16;
+    return (tile_shape){
+        .rows = rows, .keys = BLOCK_KEYS, .value_keys = fit < MIN_VALUE_KEYS ? BLOCK_KEYS : fit};
 }
 
 typedef struct tile_scratch {
@@ -35,7 +45,7 @@ typedef struct tile_scratch {
 
 /* Lay the tile's buffers into data; returns the bytes they take.  data NULL only counts. */
 static size_t layout(int group, int d_head, char *data, tile_scratch *scratch) {
-    const tile_shape shape = tile_for(group);
+    const tile_shape shape = tile_for(group, d_head);
     const size_t stacked = (size_t)shape.rows * (size_t)group;
     const size_t count[] = {stacked * (size_t)d_head, stacked * (size_t)shape.keys,
                             stacked * (size_t)d_head, stacked, stacked};
@@ -102,36 +112,49 @@ static void store(const tile_task *task, const tile_scratch *scratch) {
         }
 }
 
-static void attend_tile(const tile_task *task, const tile_scratch *scratch) {
+/* One key block: rows [skip, stacked) of the tile against keys [key, key + n_key). */
+static void attend_block(const tile_task *task, const tile_scratch *scratch, int64_t key,
+                         int64_t n_key, int64_t skip) {
     const ifkv_attention_args *args = task->args;
     const int group = task->group, d_head = args->d_head;
+    const int64_t n = task->n_row * group - skip, head = (int64_t)task->kv_head * d_head;
+    const int64_t value_keys = tile_for(group, d_head).value_keys;
+    const int64_t *end = args->end + task->row;
+    const float *k = (const float *)args->k.data + key * args->k.stride + head;
+    const float *v = (const float *)args->v.data + key * args->v.stride + head;
+    float *o = scratch->o + skip * d_head;
+    ifkv_cpu_product_nt(n, n_key, d_head, scratch->q + skip * d_head, d_head, k, args->k.stride,
+                        0.0f, scratch->s, n_key);
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t left = end[(skip + i) / group] - key;
+        const int64_t n_valid = left < 0 ? 0 : left < n_key ? left : n_key;
+        softmax_row(scratch->s + i * n_key, n_valid, n_key, o + i * d_head, d_head,
+                    scratch->max + skip + i, scratch->sum + skip + i);
+    }
+    for (int64_t j = 0; j < n_key; j += value_keys)
+        ifkv_cpu_product_nn(n, d_head, n_key - j < value_keys ? n_key - j : value_keys,
+                            scratch->s + j, n_key, v + j * args->v.stride, args->v.stride, 1.0f, o,
+                            d_head);
+}
+
+static void attend_tile(const tile_task *task, const tile_scratch *scratch) {
+    const ifkv_attention_args *args = task->args;
+    const int group = task->group;
     const int64_t stacked = task->n_row * group, begin = args->begin[task->row];
     const int64_t *end = args->end + task->row;
-    const int64_t block_keys = tile_for(group).keys, head = (int64_t)task->kv_head * d_head;
+    const int64_t block_keys = tile_for(group, args->d_head).keys;
     int64_t last = begin;
     for (int64_t i = 0; i < task->n_row; i++) last = end[i] > last ? end[i] : last;
 
     load_q(task, scratch);
-    memset(scratch->o, 0, (size_t)(stacked * d_head) * sizeof *scratch->o);
+    memset(scratch->o, 0, (size_t)(stacked * args->d_head) * sizeof *scratch->o);
     memset(scratch->sum, 0, (size_t)stacked * sizeof *scratch->sum);
     for (int64_t i = 0; i < stacked; i++) scratch->max[i] = -INFINITY;
-    int64_t first = 0; /* rows before it end before this block */
+    int64_t first = 0; /* the rows before it end before this block */
     for (int64_t key = begin; key < last; key += block_keys) {
-        const int64_t n_key = last - key < block_keys ? last - key : block_keys;
         while (end[first] <= key) first++;
-        const int64_t skip = first * group, n = stacked - skip;
-        const float *k = (const float *)args->k.data + key * args->k.stride + head;
-        const float *v = (const float *)args->v.data + key * args->v.stride + head;
-        ifkv_cpu_product_nt(n, n_key, d_head, scratch->q + skip * d_head, d_head, k, args->k.stride,
-                            0.0f, scratch->s, n_key);
-        for (int64_t i = 0; i < n; i++) {
-            const int64_t left = end[(skip + i) / group] - key, stack = skip + i;
-            const int64_t n_valid = left < 0 ? 0 : left < n_key ? left : n_key;
-            softmax_row(scratch->s + i * n_key, n_valid, n_key, scratch->o + stack * d_head, d_head,
-                        scratch->max + stack, scratch->sum + stack);
-        }
-        ifkv_cpu_product_nn(n, d_head, n_key, scratch->s, n_key, v, args->v.stride, 1.0f,
-                            scratch->o + skip * d_head, d_head);
+        attend_block(task, scratch, key, last - key < block_keys ? last - key : block_keys,
+                     first * group);
     }
     store(task, scratch);
 }
@@ -141,7 +164,7 @@ static void attend_tile(const tile_task *task, const tile_scratch *scratch) {
  * fill the end. */
 static void attend_claimed(const cpu_backend *cpu, const ifkv_attention_args *args, int64_t *next) {
     const int group = args->n_head / args->n_kv_head;
-    const int64_t tile_rows = tile_for(group).rows;
+    const int64_t tile_rows = tile_for(group, args->d_head).rows;
     tile_scratch scratch;
     layout(group, args->d_head, cpu->scratch + (size_t)omp_get_thread_num() * cpu->scratch_bytes,
            &scratch);

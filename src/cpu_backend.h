@@ -12,7 +12,7 @@
 /* The release build targets plain x86-64; hot loops are compiled for wider vectors as well and
  * picked when the program is loaded.  No loop here lets the compiler contract or reassociate, so
  * all versions of a loop give the same bits. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(IFKV_NO_CLONES)
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
 #define IFKV_CPU_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define IFKV_CPU_CLONES
@@ -67,8 +67,9 @@ void ifkv_cpu_blas_init(void);
 
 /* The largest of x [n]; -infinity if n is 0. */
 float ifkv_cpu_max(const float *x, int64_t n);
-/* x[i] = exp(x[i] - shift), and the sum of the results.  Within 2 ulp of the true exponential from
- * 2^-126 to 2^127.5; beyond, 0 and infinity.  A NaN stays one. */
+/* x[i] = exp(x[i] - shift), and the sum of the results; shift is a maximum or a log-sum-exp of x,
+ * so that no difference exceeds 88.  Within 2 ulp of the true exponential down to 2^-126, 0 far
+ * below; a NaN stays one. */
 float ifkv_cpu_exp_sum(float *x, int64_t n, float shift);
 /* out[i] = gate[i] / (1 + exp(-gate[i])) * up[i] */
 void ifkv_cpu_silu_mul(const float *gate, const float *up, float *out, int64_t n);

@@ -6,7 +6,6 @@
 #include "cpu_backend.h"
 
 #include <math.h>
-#include <omp.h>
 
 static double value_at(const ifkv_view *view, int64_t row, int64_t col) {
     const int64_t at = row * view->stride + col;

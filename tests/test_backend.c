@@ -1,0 +1,523 @@
+/* Conformance of a back end, first part: memory, products, row-wise operations and top-k.
+ *
+ *   test_backend cpu
+ *
+ * Every operation against a float64 computation from its definition, written here.  EPS is the
+ * spacing of float32 at 1; a rounding errs by at most EPS / 2. */
+#include "test.h"
+
+#include "cpu_backend.h"
+#include "gen.h"
+
+#define EPS 0x1p-23
+
+static const char *backend_name;
+static gen noise;
+
+static ifkv_backend *open_with(int n_thread) {
+    ifkv_backend *backend = NULL;
+    assert_ok(ifkv_backend_open(backend_name, n_thread, &backend));
+    return backend;
+}
+
+static int setup(void **state) {
+    *state = open_with(2);
+    return 0;
+}
+
+static int teardown(void **state) {
+    ifkv_backend_close(*state);
+    return 0;
+}
+
+static gen_matrix make(ifkv_backend *backend, int64_t n_row, int64_t n_col, int64_t gap,
+                       gen_fill fill) {
+    return gen_matrix_create(&noise, backend, backend->ops->dtype, n_row, n_col, gap, fill);
+}
+
+static void assert_near(double got, double want, double tolerance, const char *what, int64_t row,
+                        int64_t col) {
+    if (!(fabs(got - want) <= tolerance))
+        fail_msg("%s [%lld, %lld]: got %.9g, want %.9g within %.2g", what, (long long)row,
+                 (long long)col, got, want, tolerance);
+}
+
+static void names_and_thread_counts_are_checked(void **state) {
+    (void)state;
+    ifkv_backend *backend = NULL;
+    assert_fails(ifkv_backend_open("gpu", 1, &backend), IFKV_ERR_USAGE, IFKV_E_BACKEND, "\"gpu\"");
+    assert_fails(ifkv_backend_open(NULL, 1, &backend), IFKV_ERR_USAGE, IFKV_E_BACKEND, "NULL");
+    assert_fails(ifkv_backend_open("cpu", 0, &backend), IFKV_ERR_USAGE, IFKV_E_VALUE, "got 0");
+    assert_null(backend);
+    ifkv_backend_close(NULL);
+    assert_ok(ifkv_backend_open("auto", 1, &backend));
+    ifkv_backend_close(backend);
+#if !IFKV_HAVE_CUDA
+    assert_fails(ifkv_backend_open("cuda", 1, &backend), IFKV_ERR_UNSUPPORTED, IFKV_E_BACKEND,
+                 "without CUDA");
+#endif
+}
+
+static void memory_is_aligned_and_keeps_bytes(void **state) {
+    ifkv_backend *backend = *state;
+    const ifkv_backend_ops *ops = backend->ops;
+    const size_t sizes[] = {0, 1, 63, 4096, (2 << 20) - 1, (5 << 20) + 3};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        const size_t n = sizes[i];
+        void *a = NULL, *b = NULL;
+        unsigned char *host = malloc(2 * n + 1);
+        assert_non_null(host);
+        for (size_t j = 0; j < n; j++) host[j] = (unsigned char)gen_bits(&noise);
+        assert_ok(ops->alloc(backend, n, &a));
+        assert_ok(ops->alloc(backend, n, &b));
+        assert_true(a != NULL && b != NULL && a != b);
+        assert_int_equal((uintptr_t)a % 64 + (uintptr_t)b % 64, 0);
+        assert_ok(ops->upload(backend, a, host, n));
+        assert_ok(ops->copy(backend, b, a, n));
+        assert_ok(ops->download(backend, host + n, b, n));
+        assert_ok(ops->sync(backend));
+        assert_memory_equal(host, host + n, n);
+        ops->free(backend, a);
+        ops->free(backend, b);
+        free(host);
+    }
+    ops->free(backend, NULL);
+}
+
+static void too_much_memory_is_refused(void **state) {
+#if defined(__SANITIZE_ADDRESS__)
+    (void)state;
+    print_message("skipped: the address sanitizer ends the program on such a request\n");
+    skip();
+#else
+    ifkv_backend *backend = *state;
+    void *none = NULL;
+    assert_fails(backend->ops->alloc(backend, SIZE_MAX / 2, &none), IFKV_ERR_RESOURCE,
+                 IFKV_E_MEMORY, "no memory");
+    assert_null(none);
+#endif
+}
+
+static void clock_does_not_go_back(void **state) {
+    ifkv_backend *backend = *state;
+    double last = backend->ops->clock_ms(backend);
+    for (int i = 0; i < 1000; i++) {
+        const double now = backend->ops->clock_ms(backend);
+        assert_true(now >= last);
+        last = now;
+    }
+}
+
+/* out = x w^T (+ out) against float64; integers exactly, noise within rounding.  The partial sums
+ * of noise grow like sqrt(k) / 3, so the n_in roundings of a float32 sum err by about EPS
+ * sqrt(n_in) / 5 of a typical output; the factor 2 is ten deviations. */
+static void check_matmul(ifkv_backend *backend, int64_t n_row, int64_t n_out, int64_t n_in,
+                         bool add_to_out, gen_fill fill) {
+    gen_matrix x = make(backend, n_row, n_in, gen_below(&noise, 3), fill);
+    gen_matrix w = make(backend, n_out, n_in, gen_below(&noise, 3), fill);
+    gen_matrix out =
+        make(backend, n_row, n_out, gen_below(&noise, 3), add_to_out ? fill : GEN_POISON);
+    double *want = malloc((size_t)(n_row * n_out) * sizeof *want), square = 0;
+    for (int64_t r = 0; r < n_row; r++)
+        for (int64_t c = 0; c < n_out; c++) {
+            double sum = add_to_out ? *gen_at(&out, r, c) : 0;
+            for (int64_t i = 0; i < n_in; i++) sum += *gen_at(&x, r, i) * *gen_at(&w, c, i);
+            want[r * n_out + c] = sum;
+            square += sum * sum;
+        }
+    const double typical = sqrt(square / (double)(n_row * n_out)) + 1;
+    const double tolerance = fill == GEN_INTEGER ? 0 : 2 * EPS * sqrt((double)n_in) * typical;
+    assert_ok(backend->ops->matmul(backend, &x.view, &w.view, add_to_out, &out.view));
+    assert_true(gen_matrix_read(&out));
+    for (int64_t r = 0; r < n_row; r++)
+        for (int64_t c = 0; c < n_out; c++)
+            assert_near(*gen_at(&out, r, c), want[r * n_out + c], tolerance, "matmul", r, c);
+    free(want);
+    gen_matrix_destroy(&x), gen_matrix_destroy(&w), gen_matrix_destroy(&out);
+}
+
+/* On both sides of every limit: few rows, tiles of 48 rows and of 832 inputs, tasks of 256 x 96. */
+static const int64_t matmul_shapes[][3] = {
+    {1, 1, 1},     {1, 65, 576},  {3, 129, 40},  {4, 64, 257},   {5, 97, 833},
+    {5, 1, 7},     {7, 23, 31},   {48, 24, 576}, {49, 96, 1665}, {257, 97, 64},
+    {300, 200, 9}, {96, 50, 832}, {20, 57, 100}};
+
+static void matmul_is_exact_on_integers(void **state) {
+    for (size_t i = 0; i < sizeof matmul_shapes / sizeof *matmul_shapes; i++)
+        for (int add = 0; add < 2; add++)
+            check_matmul(*state, matmul_shapes[i][0], matmul_shapes[i][1], matmul_shapes[i][2], add,
+                         GEN_INTEGER);
+}
+
+static void matmul_matches_float64(void **state) {
+    for (size_t i = 0; i < sizeof matmul_shapes / sizeof *matmul_shapes; i++)
+        for (int add = 0; add < 2; add++)
+            check_matmul(*state, matmul_shapes[i][0], matmul_shapes[i][1], matmul_shapes[i][2], add,
+                         GEN_UNIFORM);
+    check_matmul(*state, 1 + gen_below(&noise, 300), 1 + gen_below(&noise, 300),
+                 1 + gen_below(&noise, 2000), false, GEN_UNIFORM);
+}
+
+/* Relative error: the float32 sum of n squares errs by EPS sqrt(n) / 2 at most in practice, its
+ * root by half of that; three more roundings follow. */
+static double norm_tolerance(int64_t n) {
+    return EPS * (2 + sqrt((double)n) / 2);
+}
+
+static double norm_of(const gen_matrix *x, int64_t row, int64_t first, int64_t n, double eps) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += *gen_at(x, row, first + i) * *gen_at(x, row, first + i);
+    return sqrt(sum / (double)n + eps);
+}
+
+static void rms_norm_matches_float64(void **state) {
+    ifkv_backend *backend = *state;
+    const int64_t shapes[][2] = {{1, 1}, {1, 576}, {3, 33}, {130, 577}, {2, 4096}};
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+        for (int in_place = 0; in_place < 2; in_place++) {
+            const int64_t n_row = shapes[s][0], n_col = shapes[s][1];
+            gen_matrix x = make(backend, n_row, n_col, 3, GEN_UNIFORM),
+                       weight = make(backend, 1, n_col, 0, GEN_UNIFORM),
+                       out = make(backend, n_row, n_col, 1, GEN_POISON);
+            double *before = malloc((size_t)(n_row * n_col) * sizeof *before);
+            memcpy(before, x.value, (size_t)(n_row * n_col) * sizeof *before);
+            gen_matrix old = x, *to = in_place ? &x : &out;
+            old.value = before;
+            assert_ok(backend->ops->rms_norm(backend, &x.view, &weight.view, 1e-5, &to->view));
+            assert_true(gen_matrix_read(to));
+            for (int64_t r = 0; r < n_row; r++) {
+                const double norm = norm_of(&old, r, 0, n_col, 1e-5);
+                for (int64_t c = 0; c < n_col; c++) {
+                    const double want = *gen_at(&old, r, c) / norm * *gen_at(&weight, 0, c);
+                    assert_near(*gen_at(to, r, c), want, norm_tolerance(n_col) * fabs(want),
+                                "rms_norm", r, c);
+                }
+            }
+            free(before);
+            gen_matrix_destroy(&x), gen_matrix_destroy(&weight), gen_matrix_destroy(&out);
+        }
+}
+
+static void rms_norm_of_zero_is_zero(void **state) {
+    ifkv_backend *backend = *state;
+    gen_matrix x = make(backend, 2, 40, 0, GEN_POISON),
+               weight = make(backend, 1, 40, 0, GEN_UNIFORM);
+    for (int64_t i = 0; i < 80; i++) x.value[i] = 0;
+    gen_matrix_write(&x);
+    assert_ok(backend->ops->rms_norm(backend, &x.view, &weight.view, 1e-6, &x.view));
+    assert_true(gen_matrix_read(&x));
+    for (int64_t i = 0; i < 80; i++) assert_true(x.value[i] == 0);
+    gen_matrix_destroy(&x), gen_matrix_destroy(&weight);
+}
+
+static void rope_matches_float64(void **state) {
+    ifkv_backend *backend = *state;
+    const int shapes[][3] = {
+        {1, 1, 2}, {70, 3, 64}, {9, 5, 128}, {2, 8, 96}}; /* row, head, d_head */
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+        for (int normed = 0; normed < 2; normed++) {
+            const int64_t n_row = shapes[s][0], d = shapes[s][2], half = d / 2;
+            const int n_head = shapes[s][1];
+            gen_matrix x = make(backend, n_row, n_head * d, 5, GEN_UNIFORM),
+                       weight = make(backend, 1, d, 0, GEN_UNIFORM),
+                       angle = gen_matrix_create(&noise, backend, IFKV_DTYPE_F32, n_row, d, 2,
+                                                 GEN_UNIFORM);
+            double *before = malloc((size_t)(n_row * n_head * d) * sizeof *before);
+            memcpy(before, x.value, (size_t)(n_row * n_head * d) * sizeof *before);
+            gen_matrix old = x;
+            old.value = before;
+            assert_ok(backend->ops->rope(backend, &x.view, n_head, normed ? &weight.view : NULL,
+                                         1e-6, &angle.view));
+            assert_true(gen_matrix_read(&x));
+            for (int64_t r = 0; r < n_row; r++)
+                for (int64_t i = 0; i < n_head * d; i++) {
+                    const int64_t head = i / d * d, low = i % d % half;
+                    const double norm = normed ? norm_of(&old, r, head, d, 1e-6) : 1;
+                    double a = *gen_at(&old, r, head + low) / norm,
+                           b = *gen_at(&old, r, head + low + half) / norm;
+                    if (normed) a *= *gen_at(&weight, 0, low), b *= *gen_at(&weight, 0, low + half);
+                    const double cosine = *gen_at(&angle, r, low),
+                                 sine = *gen_at(&angle, r, low + half);
+                    const double want =
+                        i % d < half ? a * cosine - b * sine : b * cosine + a * sine;
+                    /* Two products and a sum, each one rounding, of terms that may cancel. */
+                    const double size = fabs(a) + fabs(b);
+                    assert_near(*gen_at(&x, r, i), want,
+                                size * (EPS + (normed ? norm_tolerance(d) : 0)), "rope", r, i);
+                }
+            free(before);
+            gen_matrix_destroy(&x), gen_matrix_destroy(&weight), gen_matrix_destroy(&angle);
+        }
+}
+
+static void quarter_turn_is_exact(void **state) {
+    ifkv_backend *backend = *state;
+    gen_matrix x = make(backend, 3, 128, 1, GEN_INTEGER);
+    gen_matrix angle = gen_matrix_create(&noise, backend, IFKV_DTYPE_F32, 3, 64, 0, GEN_POISON);
+    for (int64_t i = 0; i < 3 * 64; i++) angle.value[i] = i % 64 < 32 ? 0 : 1;
+    gen_matrix_write(&angle);
+    double before[3 * 128];
+    memcpy(before, x.value, sizeof before);
+    assert_ok(backend->ops->rope(backend, &x.view, 2, NULL, 0, &angle.view));
+    assert_true(gen_matrix_read(&x));
+    for (int64_t i = 0; i < 3 * 128; i++)
+        assert_true(x.value[i] == (i % 64 < 32 ? -before[i + 32] : before[i - 32]));
+    gen_matrix_destroy(&x), gen_matrix_destroy(&angle);
+}
+
+/* silu(g) = g / (1 + e^-g): 2 ulp of the exponential and four roundings. */
+static void swiglu_matches_float64(void **state) {
+    ifkv_backend *backend = *state;
+    const int64_t shapes[][2] = {{1, 1}, {3, 31}, {65, 1536}};
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        const int64_t n_row = shapes[s][0], d_ff = shapes[s][1];
+        gen_matrix in = make(backend, n_row, 2 * d_ff, 7, GEN_UNIFORM),
+                   out = make(backend, n_row, d_ff, 1, GEN_POISON);
+        for (int64_t i = 0; i < n_row * 2 * d_ff; i++) in.value[i] *= i % 3 ? 4 : 80;
+        gen_matrix_write(&in);
+        assert_ok(backend->ops->swiglu(backend, &in.view, &out.view));
+        assert_true(gen_matrix_read(&out));
+        for (int64_t r = 0; r < n_row; r++)
+            for (int64_t c = 0; c < d_ff; c++) {
+                const double g = *gen_at(&in, r, c);
+                const double want = g / (1 + exp(-g)) * *gen_at(&in, r, d_ff + c);
+                assert_near(*gen_at(&out, r, c), want, 4 * EPS * fabs(want), "swiglu", r, c);
+            }
+        gen_matrix_destroy(&in), gen_matrix_destroy(&out);
+    }
+}
+
+static void swiglu_survives_extremes(void **state) {
+    ifkv_backend *backend = *state;
+    const double gate[] = {-1e30, -1000, -89, 0, 89, 1000, 1e30, (double)NAN};
+    enum { N = sizeof gate / sizeof *gate };
+    gen_matrix in = make(backend, 1, 2 * N, 0, GEN_POISON),
+               out = make(backend, 1, N, 0, GEN_POISON);
+    for (int i = 0; i < N; i++) in.value[i] = gate[i], in.value[N + i] = 0.5;
+    gen_matrix_write(&in);
+    assert_ok(backend->ops->swiglu(backend, &in.view, &out.view));
+    assert_true(gen_matrix_read(&out));
+    for (int i = 0; i < N - 1; i++)
+        assert_near(out.value[i], gate[i] > 0 ? in.value[i] / 2 : 0, 1e-30, "swiglu", 0, i);
+    assert_true(isnan(out.value[N - 1]));
+    gen_matrix_destroy(&in), gen_matrix_destroy(&out);
+}
+
+/* The exponential under attention and SwiGLU, from 2^-126 to 2^127, and its ends. */
+static void exponential_is_within_two_ulp(void **state) {
+    (void)state;
+    for (int64_t i = 0; i < 2000000; i += 71) {
+        float x[71], y[71];
+        double sum = 0;
+        for (int j = 0; j < 71; j++) {
+            x[j] = (float)gen_uniform(&noise, i % 2 ? -87.33 : -4, i % 2 ? 88 : 0);
+            if (i % 2 == 0) sum += exp((double)x[j]);
+        }
+        memcpy(y, x, sizeof y);
+        const float total = ifkv_cpu_exp_sum(y, 71, 0);
+        for (int j = 0; j < 71; j++) {
+            const double want = exp((double)x[j]), ulp = ldexp(EPS, ilogb(want));
+            assert_near((double)y[j], want, 2 * ulp, "exp", 0, j);
+        }
+        if (i % 2 == 0) assert_near((double)total, sum, 8 * EPS * sum, "sum of exp", 0, i);
+    }
+    float end[] = {-INFINITY, -1e30f, -200, 0, -88.0f, NAN};
+    const float want[] = {0, 0, 0, 1};
+    (void)ifkv_cpu_exp_sum(end, 6, 0);
+    for (int i = 0; i < 4; i++) assert_true(end[i] == want[i]);
+    assert_true(end[4] >= 0 && end[4] < 0x1p-126f);
+    assert_true(isnan(end[5]));
+}
+
+static void gather_and_scatter_move_rows_bitwise(void **state) {
+    ifkv_backend *backend = *state;
+    const ifkv_dtype dtypes[] = {backend->ops->dtype, IFKV_DTYPE_F64};
+    for (int t = 0; t < 2; t++)
+        for (int listed = 0; listed < 2; listed++) {
+            enum { N_FROM = 301, N_TO = 150, N_COL = 129 };
+            gen_matrix from =
+                gen_matrix_create(&noise, backend, dtypes[t], N_FROM, N_COL, 4, GEN_UNIFORM);
+            gen_matrix to =
+                gen_matrix_create(&noise, backend, dtypes[t], N_TO, N_COL, 1, GEN_POISON);
+            gen_matrix back =
+                gen_matrix_create(&noise, backend, dtypes[t], N_FROM, N_COL, 0, GEN_POISON);
+            int64_t row[N_TO];
+            for (int i = 0; i < N_TO; i++) row[i] = listed ? (i * 11 + 3) % N_FROM : i;
+            int64_t *list = gen_upload(backend, row, sizeof row);
+            assert_ok(backend->ops->gather(backend, &from.view, listed ? list : NULL, &to.view));
+            assert_ok(backend->ops->scatter(backend, &to.view, listed ? list : NULL, &back.view));
+            assert_true(gen_matrix_read(&to));
+            assert_true(gen_matrix_read(&back));
+            for (int i = 0; i < N_TO; i++) {
+                const size_t bytes = N_COL * sizeof(double);
+                assert_memory_equal(gen_at(&to, i, 0), gen_at(&from, row[i], 0), bytes);
+                assert_memory_equal(gen_at(&back, row[i], 0), gen_at(&from, row[i], 0), bytes);
+            }
+            int64_t n_written = 0;
+            for (int i = 0; i < N_FROM; i++) n_written += !isnan(*gen_at(&back, i, 0));
+            assert_int_equal(n_written, N_TO);
+            backend->ops->free(backend, list);
+            gen_matrix_destroy(&from), gen_matrix_destroy(&to), gen_matrix_destroy(&back);
+        }
+}
+
+typedef struct ranked {
+    float value;
+    int64_t index;
+} ranked;
+
+static int better_first(const void *a, const void *b) {
+    const ranked *x = a, *y = b;
+    if (x->value != y->value) return x->value > y->value ? -1 : 1;
+    return x->index < y->index ? -1 : 1;
+}
+
+static int ascending(const void *a, const void *b) {
+    const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static void check_top_k(ifkv_backend *backend, const float *value, int64_t n, int64_t k) {
+    ranked *list = malloc((size_t)(n + 1) * sizeof *list);
+    int64_t *want = malloc((size_t)(k + 1) * sizeof *want),
+            *got = malloc((size_t)(k + 1) * sizeof *got);
+    for (int64_t i = 0; i < n; i++) list[i] = (ranked){value[i], i};
+    qsort(list, (size_t)n, sizeof *list, better_first);
+    for (int64_t i = 0; i < k; i++) want[i] = list[i].index;
+    qsort(want, (size_t)k, sizeof *want, ascending);
+    want[k] = -77; /* fence */
+    got[k] = -77;
+    float *on_device = gen_upload(backend, value, (size_t)n * sizeof *value);
+    int64_t *scratch = gen_upload(backend, got, 0), *index;
+    backend->ops->free(backend, scratch);
+    void *space = NULL;
+    assert_ok(backend->ops->alloc(backend, (size_t)n * sizeof *scratch, &space));
+    index = gen_upload(backend, got, (size_t)(k + 1) * sizeof *got);
+    assert_ok(backend->ops->top_k(backend, on_device, n, k, space, index));
+    assert_ok(backend->ops->download(backend, got, index, (size_t)(k + 1) * sizeof *got));
+    assert_ok(backend->ops->sync(backend));
+    assert_memory_equal(got, want, (size_t)(k + 1) * sizeof *got);
+    backend->ops->free(backend, on_device), backend->ops->free(backend, space);
+    backend->ops->free(backend, index);
+    free(list), free(want), free(got);
+}
+
+static void top_k_is_the_head_of_a_total_order(void **state) {
+    static const float few[] = {0.0f, -0.0f, 1, -1, 0x1p-140f, -0x1p-140f, INFINITY, -INFINITY};
+    enum { N = 3001 };
+    static float value[N];
+    for (int round = 0; round < 6; round++) {
+        for (int i = 0; i < N; i++)
+            value[i] = round == 0   ? 0.25f
+                       : round == 1 ? (i % 2 ? 0.0f : -0.0f)
+                       : round < 4  ? few[gen_below(&noise, 8)]
+                                    : (float)gen_uniform(&noise, -1, 1);
+        const int64_t ks[] = {0, 1, 2, N / 7, N / 2, N - 1, N, gen_below(&noise, N)};
+        for (size_t i = 0; i < sizeof ks / sizeof *ks; i++) check_top_k(*state, value, N, ks[i]);
+        check_top_k(*state, value, 1, 1);
+        check_top_k(*state, value, 2, 1);
+    }
+}
+
+/* Every shape error is an error of ours, named, and nothing is written. */
+static void operands_that_do_not_fit_are_refused(void **state) {
+    ifkv_backend *backend = *state;
+    const ifkv_backend_ops *ops = backend->ops;
+    gen_matrix a = make(backend, 3, 8, 0, GEN_UNIFORM), w = make(backend, 5, 7, 0, GEN_UNIFORM),
+               out = make(backend, 3, 5, 0, GEN_POISON), one = make(backend, 1, 8, 0, GEN_UNIFORM);
+    const ifkv_status status = IFKV_ERR_INTERNAL;
+    assert_fails(ops->matmul(backend, &a.view, &w.view, false, &out.view), status, IFKV_E_SHAPE,
+                 "w is [5, 7], expected [5, 8]");
+    ifkv_view narrow = a.view;
+    narrow.stride = 7;
+    assert_fails(ops->rms_norm(backend, &narrow, &one.view, 1e-5, &a.view), status, IFKV_E_SHAPE,
+                 "stride 7");
+    narrow = a.view;
+    narrow.dtype = IFKV_DTYPE_F16;
+    assert_fails(ops->rms_norm(backend, &narrow, &one.view, 1e-5, &a.view), status, IFKV_E_SHAPE,
+                 "element type");
+    assert_fails(ops->rope(backend, &a.view, 3, NULL, 0, &one.view), status, IFKV_E_SHAPE,
+                 "rope: x");
+    assert_fails(ops->swiglu(backend, &a.view, &out.view), status, IFKV_E_SHAPE, "gate_up");
+    const int64_t rows[] = {0, 3, 1};
+    int64_t *list = gen_upload(backend, rows, sizeof rows);
+    gen_matrix to = make(backend, 3, 8, 0, GEN_POISON);
+    assert_fails(ops->gather(backend, &a.view, list, &to.view), status, IFKV_E_SHAPE, "row 3 of 3");
+    assert_fails(ops->scatter(backend, &a.view, list, &to.view), status, IFKV_E_SHAPE,
+                 "row 3 of 3");
+    int64_t unused[2];
+    float value = 1;
+    assert_fails(ops->top_k(backend, &value, 1, 2, unused, unused), status, IFKV_E_SHAPE, "2 of 1");
+    assert_true(gen_matrix_read(&out) && gen_matrix_read(&to));
+    for (int64_t i = 0; i < 15; i++) assert_true(isnan(out.value[i]));
+    for (int64_t i = 0; i < 24; i++) assert_true(isnan(to.value[i]));
+    ops->free(backend, list);
+    gen_matrix_destroy(&a), gen_matrix_destroy(&w), gen_matrix_destroy(&out);
+    gen_matrix_destroy(&one), gen_matrix_destroy(&to);
+}
+
+/* Run matmul, norm, rotation and SwiGLU one after the other; the results are compared as they are.
+ */
+static void run_all(int n_thread, const gen_matrix *const in[4], gen_matrix out[4]) {
+    ifkv_backend *backend = open_with(n_thread);
+    const ifkv_backend_ops *ops = backend->ops;
+    ifkv_view angle = ifkv_view_block(&in[2]->view, 0, in[0]->view.n_row, 0, 64);
+    assert_ok(ops->matmul(backend, &in[0]->view, &in[1]->view, false, &out[0].view));
+    assert_ok(ops->rms_norm(backend, &in[0]->view, &in[3]->view, 1e-5, &out[1].view));
+    assert_ok(ops->swiglu(backend, &out[0].view, &out[2].view));
+    assert_ok(ops->gather(backend, &in[0]->view, NULL, &out[3].view));
+    assert_ok(ops->rope(backend, &out[3].view, (int)(in[0]->view.n_col / 64), NULL, 0, &angle));
+    assert_ok(ops->sync(backend));
+    for (int i = 0; i < 4; i++) assert_true(gen_matrix_read(&out[i]));
+    ifkv_backend_close(backend);
+}
+
+static void bits_ignore_thread_count(void **state) {
+    const int64_t rows[] = {1, 4, 5, 333};
+    for (size_t s = 0; s < 4; s++) {
+        const int64_t n = rows[s], n_in = 896, n_out = 1222;
+        gen_matrix x = make(*state, n, n_in, 1, GEN_UNIFORM),
+                   w = make(*state, n_out, n_in, 0, GEN_UNIFORM),
+                   angle = make(*state, n, n_in, 1, GEN_UNIFORM),
+                   weight = make(*state, 1, n_in, 0, GEN_UNIFORM);
+        const gen_matrix *const in[4] = {&x, &w, &angle, &weight};
+        gen_matrix out[3][4];
+        for (int t = 0; t < 3; t++) {
+            const int64_t cols[4] = {n_out, n_in, n_out / 2, n_in};
+            for (int i = 0; i < 4; i++) out[t][i] = make(*state, n, cols[i], 0, GEN_POISON);
+            run_all(t + 1, in, out[t]);
+        }
+        for (int t = 1; t < 3; t++)
+            for (int i = 0; i < 4; i++)
+                assert_memory_equal(out[t][i].image, out[0][i].image, out[0][i].bytes);
+        for (int t = 0; t < 3; t++)
+            for (int i = 0; i < 4; i++) gen_matrix_destroy(&out[t][i]);
+        gen_matrix_destroy(&x), gen_matrix_destroy(&w), gen_matrix_destroy(&angle),
+            gen_matrix_destroy(&weight);
+    }
+}
+
+int main(int argc, char **argv) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(names_and_thread_counts_are_checked),
+        cmocka_unit_test(memory_is_aligned_and_keeps_bytes),
+        cmocka_unit_test(too_much_memory_is_refused),
+        cmocka_unit_test(clock_does_not_go_back),
+        cmocka_unit_test(matmul_is_exact_on_integers),
+        cmocka_unit_test(matmul_matches_float64),
+        cmocka_unit_test(rms_norm_matches_float64),
+        cmocka_unit_test(rms_norm_of_zero_is_zero),
+        cmocka_unit_test(rope_matches_float64),
+        cmocka_unit_test(quarter_turn_is_exact),
+        cmocka_unit_test(swiglu_matches_float64),
+        cmocka_unit_test(swiglu_survives_extremes),
+        cmocka_unit_test(exponential_is_within_two_ulp),
+        cmocka_unit_test(gather_and_scatter_move_rows_bitwise),
+        cmocka_unit_test(top_k_is_the_head_of_a_total_order),
+        cmocka_unit_test(operands_that_do_not_fit_are_refused),
+        cmocka_unit_test(bits_ignore_thread_count),
+    };
+    backend_name = argc > 1 ? argv[1] : "cpu";
+    noise = gen_create(argv[0]);
+    return cmocka_run_group_tests(tests, setup, teardown);
+}
