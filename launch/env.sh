@@ -24,3 +24,6 @@ fi
 
 # Ranks already fill the cores; BLAS threads on top of them slow the products down.
 export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS-1}"
+
+# A thread that spins at a barrier takes the core from the one it waits for.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY-passive}"
