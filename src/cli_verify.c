@@ -177,10 +177,15 @@ ifkv_status cli_verify(ifkv_comm *comm, const cli_options *options) {
 static ifkv_status inspect_model(ifkv_comm *comm, const char *path) {
     ifkv_engine *engine = NULL;
     ifkv_model_info info = {.size = sizeof info};
-    const ifkv_engine_options options = {
-        .size = sizeof options, .model_dir = path, .check_only = true};
-    IFKV_TRY(ifkv_engine_open(comm, &options, &engine));
-    const ifkv_status status = ifkv_engine_info(engine, &info);
+    ifkv_engine_options options = {.size = sizeof options, .model_dir = path, .check_only = true};
+    ifkv_status status = ifkv_engine_open(comm, &options, &engine);
+    if (status == IFKV_ERR_NO_INPUT && ifkv_last_error()->code == IFKV_E_TENSOR_FILE) {
+        printf("%s: no weights, only the shape of a model\n", path);
+        options.random_weights = true;
+        status = ifkv_engine_open(comm, &options, &engine);
+    }
+    IFKV_TRY(status);
+    status = ifkv_engine_info(engine, &info);
     if (status == IFKV_OK)
         printf("%s: model, family %s\n"
                "  layers %d, heads %d, key/value heads %d, d_head %d, d_model %d, d_ff %d\n"

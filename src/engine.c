@@ -138,19 +138,25 @@ ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *caller_
     return ifkv_struct_write(caller_info, &info, sizeof info, "model_info");
 }
 
+ifkv_status ifkv_engine_check_memory(const ifkv_engine *engine, size_t arena_bytes) {
+    /* alloc may promise more than there is; a kill in mid-run would be the only message then */
+    const uint64_t machine = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    const uint64_t share = machine / (uint64_t)ifkv_comm_node_size(engine->comm);
+    IFKV_REQUIRE(
+        arena_bytes <= share && engine->model.bytes <= share - arena_bytes, IFKV_ERR_RESOURCE,
+        IFKV_E_MEMORY,
+        "memory of a rank: got %.1f MB weights + %.1f MB for the request, expected at most "
+        "%.1f MB, its share of the machine",
+        (double)engine->model.bytes / 1e6, (double)arena_bytes / 1e6, (double)share / 1e6);
+    return IFKV_OK;
+}
+
 ifkv_status ifkv_engine_reserve(ifkv_engine *engine, size_t bytes) {
     IFKV_REQUIRE(engine, IFKV_ERR_USAGE, IFKV_E_STRUCT, "engine_reserve: got NULL");
     IFKV_REQUIRE(!engine->has_session, IFKV_ERR_USAGE, IFKV_E_STATE,
                  "engine_reserve: a session is open");
     if (bytes <= engine->arena_bytes) return IFKV_OK;
-    /* alloc may promise more than there is; a kill in mid-run would be the only message then */
-    const uint64_t machine = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    const uint64_t share = machine / (uint64_t)ifkv_comm_node_size(engine->comm);
-    IFKV_REQUIRE(bytes <= share && engine->model.bytes <= share - bytes, IFKV_ERR_RESOURCE,
-                 IFKV_E_MEMORY,
-                 "memory of a rank: got %.1f MB weights + %.1f MB for the longest request, "
-                 "expected at most %.1f MB",
-                 (double)engine->model.bytes / 1e6, (double)bytes / 1e6, (double)share / 1e6);
+    IFKV_TRY(ifkv_engine_check_memory(engine, bytes));
     if (engine->arena) engine->backend->ops->free(engine->backend, engine->arena);
     engine->arena = NULL;
     engine->arena_bytes = 0;

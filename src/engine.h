@@ -23,6 +23,10 @@ ifkv_status ifkv_struct_read(void *to, size_t to_size, const void *from, const c
 /* The other way round, for structs the caller receives: writes only what fits, keeps `size`. */
 ifkv_status ifkv_struct_write(void *to, const void *from, size_t from_size, const char *name);
 
+/* RESOURCE, with the plan, unless weights and an arena of this size fit into this rank's share of
+ * the machine's memory.  Local. */
+ifkv_status ifkv_engine_check_memory(const ifkv_engine *engine, size_t arena_bytes);
+
 /* Resident bytes of this process now, and at most so far; 0 where the system does not tell. */
 size_t ifkv_resident_bytes(void);
 size_t ifkv_resident_peak_bytes(void);

@@ -199,7 +199,8 @@ typedef struct ifkv_prefill_options {
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */
 ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *options);
 /* Bytes of arena this rank needs for a request; validates request and options on the way.  Local,
- * the same checks on every rank. */
+ * the same checks on every rank.  Errors: USAGE, DATA; RESOURCE, with *bytes_p set, if weights and
+ * arena exceed this rank's share of the machine's memory. */
 ifkv_status ifkv_engine_plan(const ifkv_engine *engine, const ifkv_request *request,
                              const ifkv_prefill_options *options, size_t *bytes_p);
 /* Grow the engine's arena to at least `bytes` (this rank's).  No session may be open.  Local. */

@@ -16,7 +16,7 @@ ifkv_status ifkv_engine_plan(const ifkv_engine *engine, const ifkv_request *requ
     ifkv_session *session = NULL;
     IFKV_TRY(ifkv_session_create(engine, request, options, &session, bytes_p));
     ifkv_session_destroy(session);
-    return IFKV_OK;
+    return ifkv_engine_check_memory(engine, *bytes_p);
 }
 
 /* Run one stage and add what it took and received. */

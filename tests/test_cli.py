@@ -240,6 +240,14 @@ class Requests(Tool):
         self.assert_answer(self.prefill([request(max_new=0), request(id="s", max_new=2)]), 0)
         self.assertEqual([len(r["answer_ids"]) <= n for r, n in zip(self.results(), (0, 2))], [True, True])
 
+    def test_model_larger_than_the_machine_is_refused_with_the_plan(self):
+        model = os.path.join(ROOT, "configs", "models", "Qwen3-14B")
+        for command in [["check"], ["prefill", "--out", self.path("out")]]:
+            with self.subTest(command=command):
+                self.assert_answer(self.run_tool(*command, "--model", model, "--random-weights", "1", "--requests",
+                                                 self.write_requests([request()]), "--comm", "thread", "--ranks", "16"),
+                                   69, ":1", "MB weights", "59073.2")
+
     def test_million_tokens_are_read_and_measured_against_the_positions(self):
         self.assert_answer(self.prefill([request(chunks=[[5] * 1000000])]), 65, "1000009")
 
