@@ -182,9 +182,9 @@ typedef struct ifkv_prefill_options {
     const char *score;        /* NULL: "l2"; "l1", "mass", "l2h" */
     const char *score_rows;   /* NULL: "question"; "prompt" */
     const char *score_layers; /* NULL: "published"; "wide"; "22,23,24,25" */
-    const char
-        *placement;  /* NULL: "zigzag"; "contiguous", "longest" : changes time, never results */
-    int64_t chunk;   /* re-cut the context every so many tokens; 0: as given */
+    const char *placement; /* NULL: "auto"; "zigzag", "contiguous", "longest": changes time, never
+                              results */
+    int64_t chunk;         /* re-cut the context every so many tokens; 0: as given */
     int64_t max_new; /* generated tokens at most; 0: prefill only, which still chooses the first
                         token */
     uint64_t seed;   /* of method "random" */

@@ -33,6 +33,16 @@ static void place_contiguous(ifkv_placement *placement) {
         placement->rank[i] = (int)slice_of(placement, i, placement->size);
 }
 
+static int64_t encoded_rows(const ifkv_placement *placement, int64_t chunk) {
+    return placement->offset[chunk + 1] - placement->offset[chunk] +
+           ifkv_placement_dropped(placement, chunk);
+}
+
+static double encode_cost(ifkv_encode_cost cost, int64_t rows) {
+    const double m = (double)rows;
+    return cost.per_row * m + cost.per_pair * m * (m + 1) / 2;
+}
+
 typedef struct sized_chunk {
     int64_t rows, chunk;
 } sized_chunk;
@@ -53,8 +63,7 @@ static ifkv_status place_longest(ifkv_placement *placement, ifkv_encode_cost cos
         return IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "placement: out of host memory");
     }
     for (int64_t i = 0; i < n; i++) {
-        order[i].rows =
-            placement->offset[i + 1] - placement->offset[i] + ifkv_placement_dropped(placement, i);
+        order[i].rows = encoded_rows(placement, i);
         order[i].chunk = i;
     }
     qsort(order, (size_t)n, sizeof *order, longest_first);
@@ -62,13 +71,46 @@ static ifkv_status place_longest(ifkv_placement *placement, ifkv_encode_cost cos
         int best = 0;
         for (int r = 1; r < placement->size; r++)
             if (load[r] < load[best]) best = r;
-        const double m = (double)order[i].rows;
-        load[best] += cost.per_row * m + cost.per_pair * m * (m + 1) / 2;
+        load[best] += encode_cost(cost, order[i].rows);
         placement->rank[order[i].chunk] = best;
     }
     free(order);
     free(load);
     return IFKV_OK;
+}
+
+/* Largest encode work of a rank; load [size] is scratch. */
+static double largest_load(const ifkv_placement *placement, ifkv_encode_cost cost, double *load) {
+    double most = 0;
+    for (int r = 0; r < placement->size; r++) load[r] = 0;
+    for (int64_t i = 0; i < placement->n_chunk; i++) {
+        double *of = &load[placement->rank[i]];
+        *of += encode_cost(cost, encoded_rows(placement, i));
+        most = *of > most ? *of : most;
+    }
+    return most;
+}
+
+static ifkv_status place_auto(ifkv_placement *placement, ifkv_encode_cost cost) {
+    const size_t bytes = (size_t)placement->n_chunk * sizeof *placement->rank;
+    double *load = malloc((size_t)placement->size * sizeof *load);
+    int *zigzag = malloc(bytes);
+    ifkv_status status;
+    if (!load || !zigzag) {
+        status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "placement: out of host memory");
+        goto out;
+    }
+    place_zigzag(placement);
+    const double balanced = largest_load(placement, cost, load);
+    memcpy(zigzag, placement->rank, bytes);
+    IFKV_TRY_GOTO(status, place_longest(placement, cost), out);
+    /* zigzag also balances what comes after encode, so it gives way to a clear gain only */
+    if (largest_load(placement, cost, load) >= 0.95 * balanced)
+        memcpy(placement->rank, zigzag, bytes);
+out:
+    free(load);
+    free(zigzag);
+    return status;
 }
 
 ifkv_status ifkv_placement_init(ifkv_placement *placement, ifkv_placement_kind kind, int size,
@@ -90,6 +132,7 @@ ifkv_status ifkv_placement_init(ifkv_placement *placement, ifkv_placement_kind k
     placement->n_context = placement->offset[n_chunk];
 
     ifkv_status status = IFKV_OK;
+    if (kind == IFKV_PLACE_AUTO) status = place_auto(placement, cost);
     if (kind == IFKV_PLACE_ZIGZAG) place_zigzag(placement);
     if (kind == IFKV_PLACE_CONTIGUOUS) place_contiguous(placement);
     if (kind == IFKV_PLACE_LONGEST) status = place_longest(placement, cost);

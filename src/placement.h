@@ -14,6 +14,8 @@ extern "C" {
 #endif
 
 typedef enum ifkv_placement_kind {
+    IFKV_PLACE_AUTO, /* zigzag, or longest first where that lowers the largest encode work of a rank
+                        by more than 5 % */
     IFKV_PLACE_ZIGZAG,     /* slices r and 2P-1-r of 2P equal token slices: balances causal work */
     IFKV_PLACE_CONTIGUOUS, /* slice r of P */
     IFKV_PLACE_LONGEST,    /* longest chunk first, to the rank with the least encode work */

@@ -84,7 +84,8 @@ static ifkv_status cut_chunks(ifkv_session *session) {
 }
 
 static ifkv_status find_placement(const char *name, ifkv_placement_kind *kind_p) {
-    static const char *const names[] = {[IFKV_PLACE_ZIGZAG] = "zigzag",
+    static const char *const names[] = {[IFKV_PLACE_AUTO] = "auto",
+                                        [IFKV_PLACE_ZIGZAG] = "zigzag",
                                         [IFKV_PLACE_CONTIGUOUS] = "contiguous",
                                         [IFKV_PLACE_LONGEST] = "longest"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
@@ -94,7 +95,7 @@ static ifkv_status find_placement(const char *name, ifkv_placement_kind *kind_p)
     }
     char shown[IFKV_QUOTE_BYTES];
     return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_VALUE,
-                     "placement: got \"%s\", expected zigzag, contiguous or longest",
+                     "placement: got \"%s\", expected auto, zigzag, contiguous or longest",
                      ifkv_quote(name, strlen(name), shown));
 }
 
@@ -114,7 +115,7 @@ static ifkv_status place(ifkv_session *session) {
         return ifkv_placement_init(&session->placement, IFKV_PLACE_FIRST, size, request->n_prefix,
                                    1, whole, cost);
     }
-    ifkv_placement_kind kind = IFKV_PLACE_ZIGZAG;
+    ifkv_placement_kind kind = IFKV_PLACE_AUTO;
     IFKV_TRY(find_placement(session->options.placement, &kind));
     return ifkv_placement_init(&session->placement, kind, size, request->n_prefix, session->n_given,
                                session->given_offsets, cost);

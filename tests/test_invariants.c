@@ -456,14 +456,14 @@ static int differs_from(const tiny_run *got, const tiny_run *want) {
 
 static void i11_selection_and_scores_ignore_ranks_and_placement(void **state) {
     (void)state;
-    static const char *const placements[] = {"zigzag", "contiguous", "longest"};
+    static const char *const placements[] = {"auto", "zigzag", "contiguous", "longest"};
     int n_differ = 0;
     for (int c = 0; c < N_CASE; c++) {
         ifkv_prefill_options options = {.ratio = "0.25"};
         tiny_run one = prefill(&cases[c], 0, options);
         assert_best_selected(&cases[c], &one);
         for (int s = 0; s < N_SIZE; s++)
-            for (int p = 0; p < 3; p++) {
+            for (int p = 0; p < 4; p++) {
                 options.placement = placements[p];
                 tiny_run run = prefill(&cases[c], sizes[s], options);
                 n_differ += differs_from(&run, &one);
@@ -471,7 +471,7 @@ static void i11_selection_and_scores_ignore_ranks_and_placement(void **state) {
             }
         tiny_run_fini(&one);
     }
-    assert_true(n_differ <= 1); /* of 60 */
+    assert_true(n_differ <= 1); /* of 80 */
 }
 
 /* The CPU path promises more than the invariant: every bit of every output. */
@@ -609,12 +609,13 @@ static void i14_local_on_ranks_changes_selected_rows_only(void **state) {
 
 static void i16_placement_changes_no_result(void **state) {
     (void)state;
-    static const char *const placements[] = {"contiguous", "longest"};
+    static const char *const placements[] = {"auto", "contiguous", "longest"};
     for (int c = 0; c < N_CASE; c++)
         for (int s = 1; s < N_SIZE; s++) {
             ifkv_prefill_options options = {.ratio = "0.35"};
+            options.placement = "zigzag";
             tiny_run zigzag = prefill(&cases[c], sizes[s], options);
-            for (int p = 0; p < 2; p++) {
+            for (int p = 0; p < 3; p++) {
                 options.placement = placements[p];
                 tiny_run run = prefill(&cases[c], sizes[s], options);
                 assert_equals_full(&run, &zigzag, zigzag.n_context);

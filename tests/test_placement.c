@@ -236,11 +236,29 @@ static void even_blocks_are_even_and_cover(void **state) {
         }
 }
 
+static void auto_leaves_zigzag_for_a_gain_above_5_percent_only(void **state) {
+    (void)state;
+    /* equal chunks: nothing to gain */
+    ifkv_placement even = placed_equal(IFKV_PLACE_AUTO, 2, 0, 8, 10);
+    ifkv_placement zigzag = placed_equal(IFKV_PLACE_ZIGZAG, 2, 0, 8, 10);
+    assert_memory_equal(even.rank, zigzag.rank, 8 * sizeof *even.rank);
+    /* slices of 25: the two chunks of 40 both fall to rank 1, 80 rows against 50 */
+    const int64_t length[] = {10, 40, 40, 10};
+    ifkv_placement split = placed(IFKV_PLACE_AUTO, 2, 0, 4, length, rows_only);
+    ifkv_placement longest = placed(IFKV_PLACE_LONGEST, 2, 0, 4, length, rows_only);
+    ifkv_placement uneven = placed(IFKV_PLACE_ZIGZAG, 2, 0, 4, length, rows_only);
+    assert_memory_equal(split.rank, longest.rank, 4 * sizeof *split.rank);
+    assert_memory_not_equal(split.rank, uneven.rank, 4 * sizeof *split.rank);
+    ifkv_placement *all[] = {&even, &zigzag, &split, &longest, &uneven};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) ifkv_placement_fini(all[i]);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(offsets_put_the_prefix_in_chunk_0),
         cmocka_unit_test(zigzag_pairs_slice_r_with_2p_minus_1_minus_r),
         cmocka_unit_test(zigzag_goes_by_the_middle_of_a_chunk),
+        cmocka_unit_test(auto_leaves_zigzag_for_a_gain_above_5_percent_only),
         cmocka_unit_test(contiguous_keeps_order),
         cmocka_unit_test(longest_goes_to_the_least_loaded_rank),
         cmocka_unit_test(longest_breaks_ties_by_lower_rank_and_lower_chunk),
