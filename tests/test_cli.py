@@ -240,6 +240,42 @@ class Requests(Tool):
         self.assert_answer(self.prefill([request(max_new=0), request(id="s", max_new=2)]), 0)
         self.assertEqual([len(r["answer_ids"]) <= n for r, n in zip(self.results(), (0, 2))], [True, True])
 
+    def test_hdf5_requests_mean_the_same_as_jsonl(self):
+        item = request(answers=["a", "b"], meta={"n": 1})
+        self.assert_answer(self.prefill([item], out="a"), 0)
+        with h5py.File(self.path("requests.h5"), "w") as f:
+            f.attrs["format"] = "ifkv-requests"
+            group = f.create_group("requests/000000")
+            group.attrs["id"] = item["id"]
+            group.attrs["answers"] = json.dumps(item["answers"])
+            group.attrs["meta"] = json.dumps(item["meta"])
+            for name in ["prefix", "prompt", "question"]:
+                group[name] = np.array(item[name], dtype=np.int32)
+            group["chunk_tokens"] = np.array(sum(item["chunks"], []), dtype=np.int64)
+            group["chunk_offsets"] = np.cumsum([0] + [len(c) for c in item["chunks"]])
+        for mpi in [0, 3]:
+            done = self.run_tool("prefill", "--model", self.model, "--random-weights", "1", "--requests",
+                                 self.path("requests.h5"), "--out", self.path("b"), "--max-new", "4", "--overwrite", mpi=mpi)
+            self.assert_answer(done, 0)
+            a, b = self.results("a")[0], self.results("b")[0]
+            for key in ["id", "answers", "meta", "answer_ids", "selected_digest", "n_context"]:
+                self.assertEqual(a[key], b[key])
+
+    def test_damaged_hdf5_requests_are_refused_on_all_ranks(self):
+        with h5py.File(self.path("requests.h5"), "w") as f:
+            f.attrs["format"] = "ifkv-requests"
+            f.create_group("requests/000000").attrs["id"] = "x"
+        with open(self.path("requests.h5"), "rb") as f:
+            whole = f.read()
+        for data, part in [(whole, "/requests/000000"), (whole[:600], "requests.h5"), (whole[:8], "requests.h5")]:
+            with open(self.path("requests.h5"), "wb") as f:
+                f.write(data)
+            for mpi in [0, 2]:
+                with self.subTest(size=len(data), mpi=mpi):
+                    done = self.run_tool("prefill", "--model", self.model, "--random-weights", "1", "--requests",
+                                         self.path("requests.h5"), "--out", self.path("out"), mpi=mpi)
+                    self.assert_answer(done, 65, part)
+
     def test_model_larger_than_the_machine_is_refused_with_the_plan(self):
         model = os.path.join(ROOT, "configs", "models", "Qwen3-14B")
         for command in [["check"], ["prefill", "--out", self.path("out")]]:
