@@ -38,6 +38,34 @@ ifkv_status ifkv_exchange_create(const char *name, ifkv_backend *backend, ifkv_c
     return IFKV_OK;
 }
 
+ifkv_status ifkv_exchange_init_nothing(ifkv_exchange *exchange) {
+    (void)exchange;
+    return IFKV_OK;
+}
+
+void ifkv_exchange_fini_nothing(ifkv_exchange *exchange) {
+    (void)exchange;
+}
+
+ifkv_status ifkv_exchange_begin_nothing(ifkv_exchange *exchange, const ifkv_exchange_rows *rows) {
+    (void)exchange, (void)rows;
+    return IFKV_OK;
+}
+
+void ifkv_exchange_layout_nothing(ifkv_exchange *exchange, ifkv_arena *arena) {
+    (void)exchange, (void)arena;
+}
+
+ifkv_status ifkv_exchange_share_nothing(ifkv_exchange *exchange, int layer) {
+    (void)exchange, (void)layer;
+    return IFKV_OK;
+}
+
+ifkv_exchange_bytes ifkv_exchange_no_bytes(const ifkv_exchange *exchange) {
+    (void)exchange;
+    return (ifkv_exchange_bytes){0};
+}
+
 void ifkv_exchange_destroy(ifkv_exchange *exchange) {
     if (!exchange) return;
     exchange->ops->fini(exchange);

@@ -254,16 +254,35 @@ static ifkv_status query_attend(ifkv_exchange *exchange, int layer, const ifkv_v
     return exchange->backend->ops->merge(exchange->backend, &merge);
 }
 
+static int64_t from_others(const exchange_query *x, const size_t *bytes) {
+    int64_t sum = 0;
+    for (int r = 0; r < x->base.comm->size; r++)
+        if (r != x->base.comm->rank) sum += (int64_t)bytes[r];
+    return sum;
+}
+
+static ifkv_exchange_bytes query_received(const ifkv_exchange *exchange) {
+    const exchange_query *x = (const exchange_query *)exchange;
+    return (ifkv_exchange_bytes){
+        .store = from_others(x, x->fresh_in_bytes),
+        .attend = from_others(x, x->query_bytes) + from_others(x, x->part_in_bytes),
+    };
+}
+
 const ifkv_exchange_ops ifkv_exchange_query_ops = {
     .name = "query",
     .struct_bytes = sizeof(exchange_query),
     .is_home_owner = false,
+    .is_exact = true,
     .init = query_init,
     .fini = query_fini,
+    .layout_shared = ifkv_exchange_layout_nothing,
     .layout = query_layout,
+    .share = ifkv_exchange_share_nothing,
     .begin = query_begin,
     .store = query_store,
     .attend = query_attend,
+    .bytes = query_received,
     .explain = "queries of the selected rows go to every rank, partial results come back to be "
                "merged; exact",
 };

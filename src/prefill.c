@@ -19,7 +19,8 @@ static ifkv_status chunk_store(ifkv_exchange *exchange, int layer, const ifkv_vi
     const ifkv_view k_shard = ifkv_kvcache_k(&session->cache, layer),
                     v_shard = ifkv_kvcache_v(&session->cache, layer);
     IFKV_TRY(ops->gather(exchange->backend, k, session->kept_row, &k_shard));
-    return ops->gather(exchange->backend, v, session->kept_row, &v_shard);
+    IFKV_TRY(ops->gather(exchange->backend, v, session->kept_row, &v_shard));
+    return session->exchange->ops->share(session->exchange, layer);
 }
 
 static ifkv_status chunk_attend(ifkv_exchange *exchange, int layer, const ifkv_view *q,
@@ -50,8 +51,16 @@ const ifkv_exchange_ops ifkv_exchange_chunk_ops = {
     .name = "chunk",
     .struct_bytes = sizeof(ifkv_exchange),
     .is_home_owner = true,
+    .is_exact = false,
+    .init = ifkv_exchange_init_nothing,
+    .fini = ifkv_exchange_fini_nothing,
+    .layout_shared = ifkv_exchange_layout_nothing,
+    .layout = ifkv_exchange_layout_nothing,
+    .share = ifkv_exchange_share_nothing,
+    .begin = ifkv_exchange_begin_nothing,
     .store = chunk_store,
     .attend = chunk_attend,
+    .bytes = ifkv_exchange_no_bytes,
     .explain = "a row sees its own chunk; kept rows go to this rank's shard",
 };
 

@@ -291,8 +291,7 @@ static ifkv_status plan_rows(ifkv_session *session, const char *exchange, int64_
         .n_layer = config->n_layer,
         .max_row = max_row,
         .max_home = max_home,
-        .n_prefix = session->request.n_prefix,
-        .prefix_rank = session->placement.rank[0],
+        .placement = &session->placement,
     };
     IFKV_TRY(ifkv_exchange_create(exchange, engine->backend, engine->comm, &session->cache, &shape,
                                   exchange_p));
@@ -456,6 +455,8 @@ void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena) {
     session->cache.n_row = session->n_kept;
     if (engine->comm->rank == 0)
         session->logits_view = ifkv_arena_view(arena, IFKV_DTYPE_F32, 1, config->n_vocab);
+
+    session->exchange->ops->layout_shared(session->exchange, arena);
 
     const size_t mark = ifkv_arena_mark(arena); /* stages follow each other and share the rest */
     ifkv_pass_layout(&session->encode, arena, dtype);

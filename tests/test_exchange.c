@@ -49,7 +49,7 @@ typedef struct deal_scene {
     bool is_fresh[MAX_KEY]; /* the pass stores this key anew */
     bool is_storing;
     float *out; /* [N_LAYER, n_row, n_head * d_head], every row written by its home */
-    int64_t bytes[8][N_LAYER]; /* received by each rank in store and attend */
+    ifkv_exchange_bytes got[8][N_LAYER], plan[8]; /* received by each rank */
 } deal_scene;
 
 static uint64_t hash(const deal_scene *it, int what, int layer, int head, int64_t key, int col) {
@@ -113,6 +113,8 @@ typedef struct side {
     ifkv_kvcache cache;
     int64_t index[MAX_KEY], key[MAX_KEY]; /* of the shard's rows */
     int64_t n_home, row[MAX_KEY];         /* rows of the pass at home here */
+    ifkv_placement placement;
+    int64_t offset[MAX_KEY + 1]; /* every key is a chunk of its own */
     ifkv_view qkv, out;
     ifkv_exchange *exchange;
     void *memory;
@@ -125,6 +127,7 @@ static void layout(side *it, ifkv_arena *arena) {
     ifkv_kvcache_layout(&it->cache, arena, IFKV_DTYPE_F32, N_LAYER, kv, it->cache.n_row + 1);
     it->qkv = ifkv_arena_view(arena, IFKV_DTYPE_F32, it->n_home, q + 2 * kv);
     it->out = ifkv_arena_view(arena, IFKV_DTYPE_F32, it->n_home, q);
+    it->exchange->ops->layout_shared(it->exchange, arena);
     it->exchange->ops->layout(it->exchange, arena);
 }
 
@@ -155,9 +158,17 @@ static ifkv_status open_side(const deal_scene *scene, ifkv_comm *comm, side *it)
     const int rank = ifkv_comm_rank(comm);
     memset(it, 0, sizeof *it);
     it->scene = scene;
-    int prefix_rank = 0;
+    it->placement = (ifkv_placement){
+        .size = scene->size,
+        .n_prefix = scene->n_prefix,
+        .n_chunk = scene->n_key,
+        .n_context = scene->n_key,
+        .offset = it->offset,
+        .rank = (int *)scene->owner,
+        .n_tail_rank = scene->size,
+    };
     for (int64_t key = 0; key < scene->n_key; key++) {
-        if (scene->index[key] == 0) prefix_rank = scene->owner[key];
+        it->offset[key + 1] = key + 1;
         if (scene->owner[key] != rank) continue;
         it->key[it->cache.n_row] = key;
         it->index[it->cache.n_row++] = scene->index[key];
@@ -175,8 +186,7 @@ static ifkv_status open_side(const deal_scene *scene, ifkv_comm *comm, side *it)
         .n_layer = N_LAYER,
         .max_row = scene->n_row,
         .max_home = it->n_home,
-        .n_prefix = scene->n_prefix,
-        .prefix_rank = prefix_rank,
+        .placement = &it->placement,
     };
     IFKV_TRY(ifkv_exchange_create(scene->exchange, it->backend, comm, &it->cache, &shape,
                                   &it->exchange));
@@ -240,18 +250,38 @@ static ifkv_status attend_layer(side *it, int layer) {
     return IFKV_OK;
 }
 
+static ifkv_status share_layers(side *it) {
+    for (int layer = 0; layer < N_LAYER; layer++)
+        IFKV_TRY(it->exchange->ops->share(it->exchange, layer));
+    return IFKV_OK;
+}
+
+/* Bytes received since the last call. */
+static int64_t received(ifkv_comm *comm) {
+    const int64_t bytes = comm->bytes_received;
+    comm->bytes_received = 0;
+    return bytes;
+}
+
 static ifkv_status run_pass(side *it, deal_scene *scene) {
     ifkv_comm *comm = it->exchange->comm;
+    ifkv_exchange_bytes *got = scene->got[comm->rank];
     const ifkv_exchange_rows rows = {.n_row = scene->n_row,
                                      .index = scene->row_index,
                                      .home = scene->home,
                                      .owner = scene->row_owner};
-    IFKV_TRY(it->exchange->ops->begin(it->exchange, &rows));
+    received(comm);
     for (int layer = 0; layer < N_LAYER; layer++) {
-        comm->bytes_received = 0;
+        IFKV_TRY(it->exchange->ops->share(it->exchange, layer));
+        got[layer].share = received(comm);
+    }
+    IFKV_TRY(it->exchange->ops->begin(it->exchange, &rows));
+    scene->plan[comm->rank] = it->exchange->ops->bytes(it->exchange);
+    for (int layer = 0; layer < N_LAYER; layer++) {
         if (scene->is_storing) IFKV_TRY(store_layer(it, layer));
+        got[layer].store = received(comm);
         IFKV_TRY(attend_layer(it, layer));
-        scene->bytes[comm->rank][layer] = comm->bytes_received;
+        got[layer].attend = received(comm);
     }
     return IFKV_OK;
 }
@@ -487,6 +517,13 @@ static void i13_row_that_sees_nothing_is_zero(void **state) {
     }
 }
 
+/* Counted, and planned, in every layer. */
+static void assert_received(const deal_scene *it, int rank, ifkv_exchange_bytes want) {
+    assert_memory_equal(&it->plan[rank], &want, sizeof want);
+    for (int layer = 0; layer < N_LAYER; layer++)
+        assert_memory_equal(&it->got[rank][layer], &want, sizeof want);
+}
+
 /* Columns of q, of K and V together, in bytes. */
 static void i25_query_receives_the_bytes_it_says(void **state) {
     (void)state;
@@ -501,10 +538,10 @@ static void i25_query_receives_the_bytes_it_says(void **state) {
                 n_home += it.home[i] == r;
                 n_fresh += it.row_owner[i] == r && it.home[i] != r;
             }
-            const int64_t want = (it.n_row - n_home) * q +
-                                 (it.size - 1) * n_home * (q + 4 * it.n_head) + n_fresh * kv;
-            for (int layer = 0; layer < N_LAYER; layer++)
-                assert_int_equal(it.bytes[r][layer], want);
+            const ifkv_exchange_bytes want = {
+                .store = n_fresh * kv,
+                .attend = (it.n_row - n_home) * q + (it.size - 1) * n_home * (q + 4 * it.n_head)};
+            assert_received(&it, r, want);
         }
         free(it.out);
     }
@@ -515,6 +552,7 @@ static ifkv_status run_shrinking(ifkv_comm *comm, void *arg) {
     deal_scene *it = arg, less = *it;
     side mine;
     ifkv_status status = agree_ok(comm, open_side(it, comm, &mine));
+    if (status == IFKV_OK) status = share_layers(&mine);
     while (status == IFKV_OK && less.n_row > 0) {
         less.n_row /= 2; /* down to a pass of no rows, which is a pass all the same */
         mine.scene = &less;
