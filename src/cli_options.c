@@ -38,7 +38,8 @@ static const option table[] = {
     {"ratio", KIND_TEXT, CLI_METHOD, AT(ratio), 0, 0, "R", "0.15",
      "share of the context that is recomputed, 0 to 1"},
     {"exchange", KIND_TEXT, CLI_METHOD, AT(exchange), 0, 0, "NAME", "query",
-     "query: exact; local: own rank's keys only, for comparison"},
+     "query, delta: exact, of which delta needs memory for all K/V; kv, local: not exact, fewer "
+     "bytes"},
     {"chunk", KIND_COUNT, CLI_METHOD, AT(chunk), AT(has_chunk), INT32_MAX, "N", NULL,
      "re-cut every context every N tokens (default: as given; 2048 for a request with "
      "\"context\")"},

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "cli.h"
+#include "exchange.h"
 #include "output.h"
 #include "output_record.h"
 #include "status.h"
@@ -197,9 +198,10 @@ static const char *or_default(const char *value, const char *initial) {
 
 static ifkv_status open_output(prefill_run *run) {
     const cli_options *o = run->options;
-    /* the exchange `local` sees other keys for other ranks; every other result is the same for any
+    /* what is not exact sees other keys for other ranks; every other result is the same for any
      * number of them */
-    const bool is_rank_bound = o->exchange && !strcmp(o->exchange, "local");
+    const ifkv_exchange_ops *exchange = ifkv_exchange_find(or_default(o->exchange, "query"));
+    const bool is_rank_bound = exchange && !exchange->is_exact;
     snprintf(run->what, sizeof run->what,
              "method=%s;ratio=%s;exchange=%s;chunk=%lld;score=%s;score_rows=%s;score_layers=%s;max_"
              "new=%lld;seed=%llu;"

@@ -5,8 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const ifkv_exchange_ops *const exchanges[] = {&ifkv_exchange_query_ops,
-                                                     &ifkv_exchange_local_ops};
+static const ifkv_exchange_ops *const exchanges[] = {
+    &ifkv_exchange_query_ops, &ifkv_exchange_delta_ops, &ifkv_exchange_kv_ops,
+    &ifkv_exchange_local_ops};
 
 const ifkv_exchange_ops *ifkv_exchange_find(const char *name) {
     for (size_t i = 0; i < sizeof exchanges / sizeof *exchanges; i++)
@@ -19,7 +20,7 @@ ifkv_status ifkv_exchange_create(const char *name, ifkv_backend *backend, ifkv_c
                                  ifkv_exchange **exchange_p) {
     const ifkv_exchange_ops *ops = ifkv_exchange_find(name);
     IFKV_REQUIRE(ops, IFKV_ERR_USAGE, IFKV_E_VALUE,
-                 "exchange: unknown name: got \"%s\", expected query or local", name);
+                 "exchange: unknown name: got \"%s\", expected query, delta, kv or local", name);
     ifkv_exchange *exchange = calloc(1, ops->struct_bytes);
     IFKV_REQUIRE(exchange, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "exchange %s: out of host memory",
                  name);

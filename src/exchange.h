@@ -97,6 +97,7 @@ void ifkv_exchange_layout_nothing(ifkv_exchange *exchange, ifkv_arena *arena);
 ifkv_status ifkv_exchange_share_nothing(ifkv_exchange *exchange, int layer);
 ifkv_exchange_bytes ifkv_exchange_no_bytes(const ifkv_exchange *exchange);
 
-extern const ifkv_exchange_ops ifkv_exchange_query_ops, ifkv_exchange_local_ops;
+extern const ifkv_exchange_ops ifkv_exchange_query_ops, ifkv_exchange_delta_ops,
+    ifkv_exchange_kv_ops, ifkv_exchange_local_ops;
 
 #endif

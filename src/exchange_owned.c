@@ -98,6 +98,9 @@ ifkv_status ifkv_exchange_owned_begin(ifkv_exchange *exchange, const ifkv_exchan
         IFKV_REQUIRE(rows->home[i] == rows->owner[i], IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
                      "exchange %s: row %lld is at home on rank %d and stored on rank %d",
                      exchange->ops->name, (long long)rows->index[i], rows->home[i], rows->owner[i]);
+        IFKV_REQUIRE(rows->index[i] >= lent_rows(exchange), IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                     "exchange %s: row %lld is of the prefix, whose copies would go stale",
+                     exchange->ops->name, (long long)rows->index[i]);
         x->n_home += rows->home[i] == exchange->comm->rank;
     }
     IFKV_REQUIRE(rows->n_row <= exchange->shape.max_row && x->n_home <= exchange->shape.max_home,

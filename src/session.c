@@ -343,7 +343,7 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
                  IFKV_E_VALUE, "method: got \"%s\", expected infoflow, none, all, random or full",
                  ifkv_quote(method, strlen(method), shown));
     IFKV_REQUIRE(!exchange || ifkv_exchange_find(exchange), IFKV_ERR_USAGE, IFKV_E_VALUE,
-                 "exchange: got \"%s\", expected query or local",
+                 "exchange: got \"%s\", expected query, delta, kv or local",
                  ifkv_quote(exchange, strlen(exchange), shown));
     IFKV_REQUIRE(!rows || !strcmp(rows, "question") || !strcmp(rows, "prompt"), IFKV_ERR_USAGE,
                  IFKV_E_VALUE, "score-rows: got \"%s\", expected question or prompt",

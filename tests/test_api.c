@@ -182,7 +182,7 @@ static void options_check_names_what_is_wrong(void **state) {
     } bad[] = {
         {{.method = "best"}, "method"},
         {{.method = ""}, "method"},
-        {{.exchange = "kv"}, "exchange"},
+        {{.exchange = "ring"}, "exchange"},
         {{.ratio = "1.01"}, "ratio"},
         {{.ratio = "-0.1"}, "ratio"},
         {{.ratio = ""}, "ratio"},

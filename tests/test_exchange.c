@@ -13,6 +13,9 @@
 static const int sizes[] = {1, 2, 3, 5, 8};
 enum { N_SIZE = sizeof sizes / sizeof *sizes, N_LAYER = 2, MAX_KEY = 160 };
 
+static const char *const exchanges[] = {"query", "delta", "kv", "local"};
+enum { N_EXCHANGE = sizeof exchanges / sizeof *exchanges };
+
 static uint64_t seed;
 
 static uint64_t mix(uint64_t z) {
@@ -47,6 +50,7 @@ typedef struct deal_scene {
     int64_t row_index[MAX_KEY];
     int home[MAX_KEY], row_owner[MAX_KEY];
     bool is_fresh[MAX_KEY]; /* the pass stores this key anew */
+    bool is_row[MAX_KEY];   /* this key is a row of the pass */
     bool is_storing;
     float *out; /* [N_LAYER, n_row, n_head * d_head], every row written by its home */
     ifkv_exchange_bytes got[8][N_LAYER], plan[8]; /* received by each rank */
@@ -80,8 +84,9 @@ static float value_at(const deal_scene *it, bool is_fresh, int layer, int head, 
 
 static bool is_visible(const deal_scene *it, int64_t row, int64_t key) {
     if (it->index[key] > it->row_index[row]) return false;
-    return strcmp(it->exchange, "local") || it->owner[key] == it->home[row] ||
-           it->index[key] < it->n_prefix;
+    if (ifkv_exchange_find(it->exchange)->is_exact) return true;
+    if (it->is_row[key] && !strcmp(it->exchange, "kv")) return true;
+    return it->owner[key] == it->home[row] || it->index[key] < it->n_prefix;
 }
 
 /* The key that a row's query head picks: any visible one. */
@@ -395,7 +400,8 @@ static deal_scene random_scene(const char *exchange, value_pattern pattern, int 
     it.d_head = heads[shape].d_head;
     it.seed = mix(seed++);
     it.n_key = 1 + below(max_key);
-    const bool is_local = !strcmp(exchange, "local"), is_lopsided = below(4) == 0;
+    const bool is_home_owner = ifkv_exchange_find(exchange)->is_home_owner,
+               is_lopsided = below(4) == 0;
     const int one = (int)below(size), first = (int)below(size);
     it.n_prefix = below(it.n_key < 6 ? it.n_key : 6);
     for (int64_t key = 0; key < it.n_key; key++) {
@@ -403,11 +409,11 @@ static deal_scene random_scene(const char *exchange, value_pattern pattern, int 
         it.owner[key] = is_lopsided ? one : (int)below(size);
         if (key < it.n_prefix || key == 0) it.owner[key] = first; /* a prefix lies in one chunk */
         /* the prefix is lent before the pass stores anything, as nobody recomputes it */
-        if (below(3) || (is_local && key < it.n_prefix)) continue;
+        if (below(3) || (is_home_owner && key < it.n_prefix)) continue;
         it.row_key[it.n_row] = it.row_index[it.n_row] = key;
         it.row_owner[it.n_row] = it.owner[key];
-        it.home[it.n_row++] = is_local ? it.owner[key] : (int)below(size);
-        it.is_fresh[key] = true;
+        it.home[it.n_row++] = is_home_owner ? it.owner[key] : (int)below(size);
+        it.is_fresh[key] = it.is_row[key] = true;
     }
     return it;
 }
@@ -423,40 +429,29 @@ static void each(const char *exchange, value_pattern pattern, int64_t max_key,
         }
 }
 
-static void query_finds_every_key_on_every_rank(void **state) {
+/* A row finds every key that its exchange lets it see, wherever it is stored, fresh or not. */
+static void rows_find_every_key_they_may_see(void **state) {
     (void)state;
-    each("query", CODES, MAX_KEY, assert_equals_targets);
+    for (int e = 0; e < N_EXCHANGE; e++) each(exchanges[e], CODES, MAX_KEY, assert_equals_targets);
 }
 
-static void query_equals_float64_attention(void **state) {
+static void results_equal_float64_attention_over_what_rows_see(void **state) {
     (void)state;
-    each("query", REALS, MAX_KEY, assert_equals_reference);
+    for (int e = 0; e < N_EXCHANGE; e++)
+        each(exchanges[e], REALS, MAX_KEY, assert_equals_reference);
 }
 
-static void i24_query_counts_each_key_once(void **state) {
+/* The lent prefix must not count twice on the rank that stores it, nor fresh rows at home. */
+static void i24_each_key_counts_once(void **state) {
     (void)state;
-    each("query", ONE_HOT, 64, assert_counts_each_key_once);
+    for (int e = 0; e < N_EXCHANGE; e++)
+        each(exchanges[e], ONE_HOT, 64, assert_counts_each_key_once);
 }
 
-static void i24_query_of_equal_values_gives_that_value(void **state) {
+static void i24_equal_values_give_that_value(void **state) {
     (void)state;
-    each("query", SEVENS, MAX_KEY, assert_equals_reference);
-}
-
-static void local_finds_every_key_of_its_rank_and_the_prefix(void **state) {
-    (void)state;
-    each("local", CODES, MAX_KEY, assert_equals_targets);
-}
-
-static void local_equals_float64_attention_over_what_it_sees(void **state) {
-    (void)state;
-    each("local", REALS, MAX_KEY, assert_equals_reference);
-}
-
-/* The lent prefix must not count twice on the rank that stores it. */
-static void i24_local_counts_each_key_once(void **state) {
-    (void)state;
-    each("local", ONE_HOT, 64, assert_counts_each_key_once);
+    for (int e = 0; e < N_EXCHANGE; e++)
+        each(exchanges[e], SEVENS, MAX_KEY, assert_equals_reference);
 }
 
 /* Other homes, other order of rows in messages: the same bits for every row. */
@@ -480,7 +475,7 @@ static void i07_homes_change_no_bit(void **state) {
 static void i13_shards_change_no_result(void **state) {
     (void)state;
     for (int round = 0; round < 6; round++) {
-        deal_scene it = random_scene("query", REALS, 5, MAX_KEY);
+        deal_scene it = random_scene(exchanges[round % 2], REALS, 5, MAX_KEY);
         for (int way = 0; way < 4; way++) {
             deal_scene cut = it;
             for (int64_t key = 0; key < it.n_key; key++)
@@ -547,6 +542,30 @@ static void i25_query_receives_the_bytes_it_says(void **state) {
     }
 }
 
+/* What is shared while nothing is stored, and what the owners of rows receive of other rows. */
+static void i25_delta_kv_and_local_receive_the_bytes_they_say(void **state) {
+    (void)state;
+    for (int e = 1; e < N_EXCHANGE; e++)
+        for (int s = 0; s < N_SIZE; s++) {
+            deal_scene it = random_scene(exchanges[e], REALS, sizes[s], MAX_KEY);
+            const int64_t kv = 8 * (int64_t)it.n_kv_head * it.d_head;
+            const bool is_delta = !strcmp(it.exchange, "delta"), is_any = it.n_row > 0;
+            run(&it);
+            for (int r = 0; r < it.size; r++) {
+                int64_t n_home = 0, n_kept = 0;
+                for (int64_t i = 0; i < it.n_row; i++) n_home += it.home[i] == r;
+                for (int64_t key = 0; key < it.n_key; key++) n_kept += it.owner[key] == r;
+                const int64_t lent = it.owner[0] == r ? 0 : it.n_prefix;
+                const ifkv_exchange_bytes want = {
+                    .share = is_any ? (is_delta ? it.n_key - n_kept : lent) * kv : 0,
+                    .store = is_delta ? (it.n_row - n_home) * kv : 0,
+                    .attend = strcmp(it.exchange, "kv") ? 0 : (it.n_row - n_home) * kv};
+                assert_received(&it, r, want);
+            }
+            free(it.out);
+        }
+}
+
 /* Passes follow each other on one exchange; what a longer one left behind is not seen. */
 static ifkv_status run_shrinking(ifkv_comm *comm, void *arg) {
     deal_scene *it = arg, less = *it;
@@ -555,6 +574,7 @@ static ifkv_status run_shrinking(ifkv_comm *comm, void *arg) {
     if (status == IFKV_OK) status = share_layers(&mine);
     while (status == IFKV_OK && less.n_row > 0) {
         less.n_row /= 2; /* down to a pass of no rows, which is a pass all the same */
+        for (int64_t i = less.n_row; i < it->n_row; i++) less.is_row[it->row_key[i]] = false;
         mine.scene = &less;
         mine.n_home = 0;
         for (int64_t i = 0; i < less.n_row; i++)
@@ -573,10 +593,9 @@ static ifkv_status run_shrinking(ifkv_comm *comm, void *arg) {
 
 static void passes_may_shrink_to_nothing(void **state) {
     (void)state;
-    static const char *const names[] = {"query", "local"};
-    for (int e = 0; e < 2; e++)
+    for (int e = 0; e < N_EXCHANGE; e++)
         for (int s = 0; s < N_SIZE; s++) {
-            deal_scene it = random_scene(names[e], CODES, sizes[s], MAX_KEY);
+            deal_scene it = random_scene(exchanges[e], CODES, sizes[s], MAX_KEY);
             it.is_storing = false; /* the shards hold the fresh rows from the start */
             const int64_t n = N_LAYER * it.n_row * it.n_head * it.d_head;
             it.out = calloc((size_t)n + 1, sizeof *it.out);
@@ -584,6 +603,7 @@ static void passes_may_shrink_to_nothing(void **state) {
             assert_ok(ifkv_comm_thread_run(it.size, run_shrinking, &it));
             /* the last pass with rows had one */
             if (it.n_row > 1) {
+                for (int64_t i = 1; i < it.n_row; i++) it.is_row[it.row_key[i]] = false;
                 it.n_row = 1;
                 assert_equals_targets(&it);
             }
@@ -690,7 +710,7 @@ static ifkv_status create_unknown(ifkv_comm *comm, void *arg) {
 
 static void unknown_names_are_refused(void **state) {
     (void)state;
-    static const char *const bad[] = {"", "kv", "Query", "query "};
+    static const char *const bad[] = {"", "auto", "Query", "query "};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         assert_null(ifkv_exchange_find(bad[i]));
         char name[16];
@@ -698,7 +718,8 @@ static void unknown_names_are_refused(void **state) {
         assert_fails(ifkv_comm_thread_run(1, create_unknown, name), IFKV_ERR_USAGE, IFKV_E_VALUE,
                      "exchange");
     }
-    assert_string_equal(ifkv_exchange_find("local")->name, "local");
+    for (int e = 0; e < N_EXCHANGE; e++)
+        assert_string_equal(ifkv_exchange_find(exchanges[e])->name, exchanges[e]);
 }
 
 static ifkv_status begin_only(ifkv_comm *comm, void *arg) {
@@ -712,14 +733,38 @@ static ifkv_status begin_only(ifkv_comm *comm, void *arg) {
     return status;
 }
 
-static void local_refuses_rows_away_from_their_keys(void **state) {
+static void kv_and_local_refuse_rows_away_from_their_keys(void **state) {
     (void)state;
-    deal_scene it = random_scene("local", CODES, 2, 1);
-    it.owner[0] = it.home[0] = it.row_owner[0] = 0;
-    it.row_index[0] = it.row_key[0] = 0;
+    for (int e = 2; e < N_EXCHANGE; e++) {
+        deal_scene it = random_scene(exchanges[e], CODES, 2, 1);
+        it.owner[0] = it.home[0] = it.row_owner[0] = 0;
+        it.row_index[0] = it.row_key[0] = 0;
+        it.n_row = 1;
+        assert_fails(ifkv_comm_thread_run(2, begin_only, &it), IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                     "is at home on rank 1 and stored on rank 0");
+    }
+}
+
+static void kv_and_local_refuse_rows_of_the_prefix(void **state) {
+    (void)state;
+    for (int e = 2; e < N_EXCHANGE; e++) {
+        deal_scene it = random_scene(exchanges[e], CODES, 2, 1);
+        it.owner[0] = it.home[0] = it.row_owner[0] = 1;
+        it.row_index[0] = it.row_key[0] = 0;
+        it.n_row = it.n_prefix = 1;
+        assert_fails(ifkv_comm_thread_run(2, begin_only, &it), IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                     "row 0 is of the prefix");
+    }
+}
+
+static void delta_refuses_rows_behind_the_context(void **state) {
+    (void)state;
+    deal_scene it = random_scene("delta", CODES, 2, 1);
+    it.owner[0] = it.home[0] = it.row_owner[0] = 1;
+    it.row_index[0] = 1;
     it.n_row = 1;
     assert_fails(ifkv_comm_thread_run(2, begin_only, &it), IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
-                 "is at home on rank 1 and stored on rank 0");
+                 "got row 1, expected context rows below 1");
 }
 
 static void query_refuses_more_rows_than_planned(void **state) {
@@ -735,21 +780,21 @@ static void query_refuses_more_rows_than_planned(void **state) {
 int main(void) {
     seed = tiny_seed();
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(query_finds_every_key_on_every_rank),
-        cmocka_unit_test(query_equals_float64_attention),
-        cmocka_unit_test(i24_query_counts_each_key_once),
-        cmocka_unit_test(i24_query_of_equal_values_gives_that_value),
-        cmocka_unit_test(local_finds_every_key_of_its_rank_and_the_prefix),
-        cmocka_unit_test(local_equals_float64_attention_over_what_it_sees),
-        cmocka_unit_test(i24_local_counts_each_key_once),
+        cmocka_unit_test(rows_find_every_key_they_may_see),
+        cmocka_unit_test(results_equal_float64_attention_over_what_rows_see),
+        cmocka_unit_test(i24_each_key_counts_once),
+        cmocka_unit_test(i24_equal_values_give_that_value),
         cmocka_unit_test(i07_homes_change_no_bit),
         cmocka_unit_test(i13_shards_change_no_result),
         cmocka_unit_test(i13_row_that_sees_nothing_is_zero),
         cmocka_unit_test(i25_query_receives_the_bytes_it_says),
+        cmocka_unit_test(i25_delta_kv_and_local_receive_the_bytes_they_say),
         cmocka_unit_test(passes_may_shrink_to_nothing),
         cmocka_unit_test(i24_merged_lse_of_zero_queries_is_the_log_of_the_count),
         cmocka_unit_test(unknown_names_are_refused),
-        cmocka_unit_test(local_refuses_rows_away_from_their_keys),
+        cmocka_unit_test(kv_and_local_refuse_rows_away_from_their_keys),
+        cmocka_unit_test(kv_and_local_refuse_rows_of_the_prefix),
+        cmocka_unit_test(delta_refuses_rows_behind_the_context),
         cmocka_unit_test(query_refuses_more_rows_than_planned),
     };
     return cmocka_run_group_tests_name("exchange", tests, NULL, NULL);
