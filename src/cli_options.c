@@ -37,9 +37,9 @@ static const option table[] = {
      "infoflow, none, all, random: selective, on all ranks; full: exact, on one rank"},
     {"ratio", KIND_TEXT, CLI_METHOD, AT(ratio), 0, 0, "R", "0.15",
      "share of the context that is recomputed, 0 to 1"},
-    {"exchange", KIND_TEXT, CLI_METHOD, AT(exchange), 0, 0, "NAME", "query",
-     "query, delta: exact, of which delta needs memory for all K/V; kv, local: not exact, fewer "
-     "bytes"},
+    {"exchange", KIND_TEXT, CLI_METHOD, AT(exchange), 0, 0, "NAME", "auto",
+     "query, delta: exact; auto: delta if all K/V fit into a rank's memory, else query; kv, local: "
+     "not exact, for comparison"},
     {"chunk", KIND_COUNT, CLI_METHOD, AT(chunk), AT(has_chunk), INT32_MAX, "N", NULL,
      "re-cut every context every N tokens (default: as given; 2048 for a request with "
      "\"context\")"},

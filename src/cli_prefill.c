@@ -200,14 +200,14 @@ static ifkv_status open_output(prefill_run *run) {
     const cli_options *o = run->options;
     /* what is not exact sees other keys for other ranks; every other result is the same for any
      * number of them */
-    const ifkv_exchange_ops *exchange = ifkv_exchange_find(or_default(o->exchange, "query"));
+    const ifkv_exchange_ops *exchange = ifkv_exchange_find(or_default(o->exchange, "auto"));
     const bool is_rank_bound = exchange && !exchange->is_exact;
     snprintf(run->what, sizeof run->what,
              "method=%s;ratio=%s;exchange=%s;chunk=%lld;score=%s;score_rows=%s;score_layers=%s;max_"
              "new=%lld;seed=%llu;"
              "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d",
              or_default(o->method, "infoflow"), or_default(o->ratio, "0.15"),
-             or_default(o->exchange, "query"), (long long)o->chunk, or_default(o->score, "l2"),
+             or_default(o->exchange, "auto"), (long long)o->chunk, or_default(o->score, "l2"),
              or_default(o->score_rows, "question"), or_default(o->score_layers, "published"),
              (long long)o->max_new, (unsigned long long)o->seed,
              o->has_random_weights ? "random-" : "file-", (unsigned long long)o->random_weights,

@@ -46,6 +46,12 @@ size_t ifkv_resident_peak_bytes(void) {
     return getrusage(RUSAGE_SELF, &usage) == 0 ? (size_t)usage.ru_maxrss * 1024 : 0;
 }
 
+/* Bytes of this machine's memory for each of its ranks. */
+static uint64_t memory_share(const ifkv_comm *comm) {
+    const uint64_t machine = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    return machine / (uint64_t)ifkv_comm_node_size(comm);
+}
+
 static int default_threads(const ifkv_comm *comm) {
     cpu_set_t set;
     int n = 1;
@@ -97,6 +103,9 @@ ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_
     /* nodes can see different files: a stale mount, a half-copied directory */
     IFKV_TRY_GOTO(status, ifkv_comm_same(comm, engine->model.fingerprint, "model fingerprint"),
                   err_close);
+    int64_t share = (int64_t)memory_share(comm);
+    IFKV_TRY_GOTO(status, ifkv_comm_all_reduce_i64(comm, &share, 1, IFKV_REDUCE_MIN), err_close);
+    engine->least_share = (uint64_t)share;
     *engine_p = engine;
     return IFKV_OK;
 err_close:
@@ -140,8 +149,7 @@ ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *caller_
 
 ifkv_status ifkv_engine_check_memory(const ifkv_engine *engine, size_t arena_bytes) {
     /* alloc may promise more than there is; a kill in mid-run would be the only message then */
-    const uint64_t machine = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    const uint64_t share = machine / (uint64_t)ifkv_comm_node_size(engine->comm);
+    const uint64_t share = memory_share(engine->comm);
     IFKV_REQUIRE(
         arena_bytes <= share && engine->model.bytes <= share - arena_bytes, IFKV_ERR_RESOURCE,
         IFKV_E_MEMORY,

@@ -13,6 +13,7 @@ struct ifkv_engine {
     double *frequency; /* [d_head / 2] of rope.h */
     void *arena;       /* back-end memory */
     size_t arena_bytes;
+    uint64_t least_share;   /* bytes: a rank's share of its machine's memory, minimum over ranks */
     bool has_session;       /* the arena is in use */
     size_t resident_before; /* bytes of this process before the weights */
 };

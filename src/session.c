@@ -10,6 +10,7 @@
 
 enum { MAX_CHUNKS = 65536 };
 static const int64_t max_tokens = INT32_MAX;
+static const char *const default_exchange = "auto";
 
 static ifkv_status check_tokens(const char *name, const int32_t *token, int64_t n,
                                 int64_t n_vocab) {
@@ -342,8 +343,9 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     IFKV_REQUIRE(!method || !strcmp(method, "full") || ifkv_select_find(method), IFKV_ERR_USAGE,
                  IFKV_E_VALUE, "method: got \"%s\", expected infoflow, none, all, random or full",
                  ifkv_quote(method, strlen(method), shown));
-    IFKV_REQUIRE(!exchange || ifkv_exchange_find(exchange), IFKV_ERR_USAGE, IFKV_E_VALUE,
-                 "exchange: got \"%s\", expected query, delta, kv or local",
+    IFKV_REQUIRE(!exchange || !strcmp(exchange, "auto") || ifkv_exchange_find(exchange),
+                 IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "exchange: got \"%s\", expected auto, query, delta, kv or local",
                  ifkv_quote(exchange, strlen(exchange), shown));
     IFKV_REQUIRE(!rows || !strcmp(rows, "question") || !strcmp(rows, "prompt"), IFKV_ERR_USAGE,
                  IFKV_E_VALUE, "score-rows: got \"%s\", expected question or prompt",
@@ -364,6 +366,20 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     return status;
 }
 
+/* `auto` is `delta` if shard and full copy, each of all context rows, fit beside the weights into
+ * half of the least share of memory, else `query`: a function of lengths and of what all ranks
+ * know, so that they decide alike. */
+static const char *pick_exchange(const ifkv_session *session) {
+    const char *name = session->options.exchange ? session->options.exchange : default_exchange;
+    if (strcmp(name, "auto")) return name;
+    const ifkv_engine *engine = session->engine;
+    const ifkv_config *config = &engine->model.config;
+    const double row = 2.0 * config->n_layer * config->n_kv_head * config->d_head *
+                       (double)ifkv_dtype_bytes(engine->backend->ops->dtype);
+    const double need = (double)engine->model.bytes + 2 * row * (double)session->n_context;
+    return need <= (double)engine->least_share / 2 ? "delta" : "query";
+}
+
 static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *request,
                                   const ifkv_prefill_options *options) {
     IFKV_TRY(ifkv_prefill_options_check(options));
@@ -371,13 +387,13 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     IFKV_TRY(
         ifkv_struct_read(&session->options, sizeof session->options, options, "prefill_options"));
     session->method = session->options.method ? session->options.method : "infoflow";
-    session->exchange_name = session->options.exchange ? session->options.exchange : "query";
     const char *rows = session->options.score_rows;
     if (rows && !strcmp(rows, "question")) session->options.score_rows = NULL;
     session->max_new = session->options.max_new;
     IFKV_TRY(check_request(&session->engine->model.config, &session->request, session->max_new));
     const ifkv_request *r = &session->request;
     session->n_context = r->n_prefix + r->chunk_offsets[r->n_chunk];
+    session->exchange_name = pick_exchange(session);
     session->n_prompt = r->n_prompt;
     session->n_tail = r->n_prompt + (session->max_new > 0 ? session->max_new - 1 : 0);
     return IFKV_OK;

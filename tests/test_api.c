@@ -501,7 +501,7 @@ static void defaults_are_the_documented_ones(void **state) {
     tiny_run plain = prefilled(fixture, request, (ifkv_prefill_options){0});
     tiny_run named = prefilled(fixture, request,
                                (ifkv_prefill_options){.method = "infoflow",
-                                                      .exchange = "query",
+                                                      .exchange = "auto",
                                                       .ratio = "0.15",
                                                       .score = "l2",
                                                       .score_rows = "question",
@@ -577,7 +577,7 @@ static void result_says_what_was_done(void **state) {
     ifkv_session *session = opened(fixture, (ifkv_prefill_options){.keep_scores = true});
     ifkv_result result = result_of(session);
     assert_string_equal(result.method, "infoflow");
-    assert_string_equal(result.exchange, "query");
+    assert_string_equal(result.exchange, "delta"); /* what "auto" chose */
     assert_string_equal(result.backend, "cpu");
     assert_string_equal(result.comm, "self");
     assert_string_equal(result.score_layers, "2,3,4");

@@ -3,8 +3,8 @@
  * Each test is named after its claim, with the invariant's number.  Requests are awkward on
  * purpose: a chunk of one token, fewer chunks than ranks, one chunk, no prefix, a prompt of one
  * token, a question that is not the prompt.  Ranks are threads: 1, 2, 3, 5 and 8 of them.
- * Not here: I13 of one operation, I18's question mass (test_backend); I15, I19, I20, I21, I25, I26,
- * I27, I17 and I14's other exchanges: the forms that they compare do not exist yet. */
+ * Not here: I13 of one operation, I18's question mass (test_backend); I15, I19, I20, I21, I26, I27
+ * and I17: the forms that they compare do not exist yet. */
 #include "tiny.h"
 
 #include "agree.h"
@@ -130,12 +130,15 @@ static void i01_layer_0_equals_full_prefill(void **state) {
     }
 }
 
+static const char *const exact[] = {"query", "delta"}, *const inexact[] = {"kv", "local"};
+
 static void i02_ratio_one_equals_full_prefill(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++) {
         tiny_run full = full_prefill(&cases[c]);
-        for (int s = 0; s < N_SIZE; s++) {
-            tiny_run all = prefill(&cases[c], sizes[s], (ifkv_prefill_options){.ratio = "1"});
+        for (int s = 0; s < 2 * N_SIZE; s++) {
+            tiny_run all = prefill(&cases[c], sizes[s / 2],
+                                   (ifkv_prefill_options){.ratio = "1", .exchange = exact[s % 2]});
             assert_int_equal(all.n_selected,
                              all.n_context - tiny_request_end(&cases[c].request, 0));
             assert_equals_full(&all, &full, full.n_context);
@@ -148,8 +151,9 @@ static void i02_ratio_one_equals_full_prefill(void **state) {
 static void i02_method_all_equals_full_prefill_in_tiles_and_units(void **state) {
     (void)state;
     tiny_run full = full_prefill(&large);
-    for (int size = 1; size <= 3; size++) {
-        tiny_run all = prefill(&large, size, (ifkv_prefill_options){.method = "all"});
+    for (int i = 0; i < 6; i++) {
+        tiny_run all = prefill(&large, 1 + i / 2,
+                               (ifkv_prefill_options){.method = "all", .exchange = exact[i % 2]});
         assert_equals_full(&all, &full, full.n_context);
         tiny_run_fini(&all);
     }
@@ -173,8 +177,10 @@ static void i02_full_prefill_is_the_same_bits_on_any_ranks(void **state) {
 static void i03_empty_selection_leaves_the_cache_unchanged(void **state) {
     (void)state;
     static const int64_t nothing[1];
-    static const ifkv_prefill_options ways[] = {
-        {.ratio = "0"}, {.method = "random", .ratio = "0.000"}, {.selected = nothing}};
+    static const ifkv_prefill_options ways[] = {{.ratio = "0", .exchange = "delta"},
+                                                {.ratio = "0", .exchange = "kv"},
+                                                {.method = "random", .ratio = "0.000"},
+                                                {.selected = nothing}};
     for (int c = 0; c < N_CASE; c++)
         for (int s = 0; s < N_SIZE; s += 2) {
             tiny_run none = prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "none"});
@@ -315,7 +321,8 @@ static void i08_recompute_twice_changes_no_bit(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++)
         for (int s = 0; s < N_SIZE; s++) {
-            tiny_run run = run_of(&cases[c], (ifkv_prefill_options){.ratio = "0.4"});
+            tiny_run run =
+                run_of(&cases[c], (ifkv_prefill_options){.ratio = "0.4", .exchange = exact[s % 2]});
             run.after = recompute_again;
             assert_ok(tiny_run_on(sizes[s], &run));
             tiny_run_fini(&run);
@@ -572,39 +579,130 @@ static void i12_tiles_units_and_tail_blocks_change_no_result(void **state) {
     tiny_run_fini(&one);
 }
 
-static void i14_local_on_one_rank_equals_query(void **state) {
+/* As many rows as there are, some, and fewer than ranks. */
+static const char *const ratios[] = {"0.5", "0.15", "0.001"};
+
+static void i14_delta_equals_query_equals_one_rank(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++) {
-        tiny_run query = prefill(&cases[c], 1, (ifkv_prefill_options){.ratio = "0.5"});
-        tiny_run local =
-            prefill(&cases[c], 1, (ifkv_prefill_options){.ratio = "0.5", .exchange = "local"});
-        assert_true(same_bits(&local, &query));
-        tiny_run_fini(&local);
+        ifkv_prefill_options options = {.ratio = ratios[c % 3], .max_new = 2};
+        tiny_run one = prefill(&cases[c], 0, options);
+        for (int s = 0; s < N_SIZE; s++)
+            for (int e = 0; e < 2; e++) {
+                options.exchange = exact[e];
+                tiny_run run = prefill(&cases[c], sizes[s], options);
+                assert_true(run.selected_digest == one.selected_digest);
+                assert_equals_full(&run, &one, one.n_context);
+                tiny_run_fini(&run);
+            }
+        tiny_run_fini(&one);
+    }
+}
+
+static void i14_every_exchange_on_one_rank_gives_the_same_bits(void **state) {
+    (void)state;
+    static const char *const others[] = {"delta", "kv", "local"};
+    for (int c = 0; c < N_CASE; c++) {
+        ifkv_prefill_options options = {.ratio = "0.5", .exchange = "query", .max_new = 2};
+        tiny_run query = prefill(&cases[c], 1, options);
+        for (int e = 0; e < 3; e++) {
+            options.exchange = others[e];
+            tiny_run run = prefill(&cases[c], 1, options);
+            assert_true(same_bits(&run, &query));
+            tiny_run_fini(&run);
+        }
         tiny_run_fini(&query);
     }
 }
 
-/* `local` approximates on more ranks, but only rows of S may differ, and all stay finite. */
-static void i14_local_on_ranks_changes_selected_rows_only(void **state) {
+/* `kv` and `local` approximate on more ranks, but only rows of S may differ, and all stay finite.
+ */
+static void assert_selected_differ_only(const pipeline_case *it, const tiny_run *got,
+                                        const tiny_run *none) {
+    for (int64_t row = 0, i = 0; row < none->n_context; row++) {
+        if (i < got->n_selected && got->selected[i] == row) {
+            i++;
+            assert_true(row >= tiny_request_end(&it->request, 0));
+            assert_true(isfinite(tiny_rows_error(got, none, row, row + 1)));
+        } else {
+            assert_true(tiny_rows_error(got, none, row, row + 1) == 0);
+        }
+    }
+}
+
+static void i14_inexact_exchanges_change_selected_rows_only(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++)
         for (int s = 1; s < N_SIZE; s++) {
-            const int64_t first = tiny_request_end(&cases[c].request, 0);
             tiny_run none = prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "none"});
-            tiny_run local = prefill(&cases[c], sizes[s],
-                                     (ifkv_prefill_options){.ratio = "0.2", .exchange = "local"});
-            for (int64_t row = 0, i = 0; row < none.n_context; row++) {
-                if (i < local.n_selected && local.selected[i] == row) {
-                    i++;
-                    assert_true(row >= first);
-                    assert_true(isfinite(tiny_rows_error(&local, &none, row, row + 1)));
-                } else {
-                    assert_true(tiny_rows_error(&local, &none, row, row + 1) == 0);
-                }
+            for (int e = 0; e < 2; e++) {
+                tiny_run run =
+                    prefill(&cases[c], sizes[s],
+                            (ifkv_prefill_options){.ratio = "0.2", .exchange = inexact[e]});
+                assert_selected_differ_only(&cases[c], &run, &none);
+                tiny_run_fini(&run);
             }
-            tiny_run_fini(&local);
             tiny_run_fini(&none);
         }
+}
+
+/* End of the leading chunks that are on the rank of chunk 0. */
+static int64_t end_of_first_shard(const pipeline_case *it, int size) {
+    ifkv_placement placement;
+    const ifkv_request *request = &it->request.request;
+    assert_ok(ifkv_placement_init(&placement, IFKV_PLACE_CONTIGUOUS, size, request->n_prefix,
+                                  request->n_chunk, request->chunk_offsets, (ifkv_encode_cost){0}));
+    int64_t n = 1;
+    while (n < placement.n_chunk && placement.rank[n] == placement.rank[0]) n++;
+    const int64_t end = placement.offset[n];
+    ifkv_placement_fini(&placement);
+    return end;
+}
+
+/* Rows that see all of their past: up to the first chunk of another rank. */
+static void i14_inexact_exchanges_are_exact_up_to_the_second_shard(void **state) {
+    (void)state;
+    for (int c = 0; c < N_CASE; c++) {
+        tiny_run full = full_prefill(&cases[c]);
+        for (int s = 1; s < N_SIZE; s++)
+            for (int e = 0; e < 2; e++) {
+                tiny_run run = prefill(&cases[c], sizes[s],
+                                       (ifkv_prefill_options){.method = "all",
+                                                              .exchange = inexact[e],
+                                                              .placement = "contiguous"});
+                assert_equals_full(&run, &full, end_of_first_shard(&cases[c], sizes[s]));
+                tiny_run_fini(&run);
+            }
+        tiny_run_fini(&full);
+    }
+}
+
+static ifkv_status little_memory(ifkv_engine *engine) {
+    engine->least_share = 2 * engine->model.bytes;
+    return IFKV_OK;
+}
+
+static ifkv_status runs_query(ifkv_session *session) {
+    return agree_true(session->engine->comm, !strcmp(session->exchange_name, "query"));
+}
+
+static ifkv_status runs_delta(ifkv_session *session) {
+    return agree_true(session->engine->comm, !strcmp(session->exchange_name, "delta"));
+}
+
+static void auto_takes_delta_if_all_kv_fit_and_query_if_not(void **state) {
+    (void)state;
+    const ifkv_prefill_options options = {.ratio = "0.2", .exchange = "auto"};
+    for (int s = 0; s < N_SIZE; s++) {
+        tiny_run fits = run_of(&cases[0], options), does_not = fits;
+        fits.after = runs_delta;
+        does_not.after = runs_query;
+        does_not.before = little_memory;
+        assert_ok(tiny_run_on(sizes[s], &fits));
+        assert_ok(tiny_run_on(sizes[s], &does_not));
+        tiny_run_fini(&fits);
+        tiny_run_fini(&does_not);
+    }
 }
 
 static void i16_placement_changes_no_result(void **state) {
@@ -799,6 +897,7 @@ static void i23_options_that_differ_stop_all(void **state) {
         ODD("method random", .method = "random"),
         ODD("method full", .method = "full"),
         ODD("exchange", .exchange = "local"),
+        ODD("exchange of auto", .exchange = "query"),
         ODD("score", .score = "l1"),
         ODD("score_rows", .score_rows = "prompt"),
         ODD("score_layers", .score_layers = "0"),
@@ -895,6 +994,90 @@ static void i24_scoring_counts_each_key_once(void **state) {
     }
 }
 
+/* Rows of S whose K/V are stored elsewhere than computed: P - 1 of P, as a rule. */
+static int64_t n_away(const ifkv_session *session) {
+    const int64_t k = session->n_selected;
+    int64_t n = 0;
+    for (int64_t i = 0; i < k; i++)
+        n += ifkv_placement_owner(&session->placement, session->selected[i]) !=
+             ifkv_deal_home(i, k, session->engine->comm->size);
+    return n;
+}
+
+/* What section 3 says all ranks receive together in one layer of encode, and of recompute. */
+typedef struct byte_formula {
+    int64_t encode, recompute;
+} byte_formula;
+
+static byte_formula formula_of(const ifkv_session *session) {
+    const ifkv_config *config = &session->engine->model.config;
+    const int64_t others = session->engine->comm->size - 1, k = session->n_selected;
+    const int64_t kvb = (int64_t)2 * 4 * config->n_kv_head * config->d_head,
+                  qb = (int64_t)4 * config->n_head * config->d_head;
+    const char *name = session->exchange_name;
+    if (!strcmp(name, "local")) return (byte_formula){others * session->request.n_prefix * kvb, 0};
+    if (!strcmp(name, "kv"))
+        return (byte_formula){others * session->request.n_prefix * kvb, others * k * kvb};
+    if (!strcmp(name, "delta"))
+        return (byte_formula){others * session->n_context * kvb, others * k * kvb};
+    return (byte_formula){0, others * k * (2 * qb + 4 * config->n_head) + n_away(session) * kvb};
+}
+
+/* Sum of a number over the ranks. */
+static ifkv_status sum_over_ranks(const ifkv_session *session, int64_t *value) {
+    return ifkv_comm_all_reduce_i64(session->engine->comm, value, 1, IFKV_REDUCE_SUM);
+}
+
+/* Every rank received what its plan says; together, what section 3 says: K/V of layer 0 are not
+ * stored again and the last layer does not attend, so a pass sends L - 1 times. */
+static ifkv_status counts_as_planned(ifkv_session *session) {
+    const int64_t n_layer = session->cache.n_layer;
+    const ifkv_exchange *exchange = session->exchange;
+    const ifkv_exchange_bytes plan = exchange->ops->bytes(exchange);
+    int64_t encode = session->bytes[IFKV_STAGE_ENCODE],
+            recompute = session->bytes[IFKV_STAGE_RECOMPUTE];
+    const bool is_planned =
+        encode == n_layer * plan.share && recompute == (n_layer - 1) * (plan.store + plan.attend);
+    IFKV_TRY(agree_true(exchange->comm, is_planned));
+    IFKV_TRY(sum_over_ranks(session, &encode));
+    IFKV_TRY(sum_over_ranks(session, &recompute));
+    const byte_formula formula = formula_of(session);
+    return agree_true(exchange->comm, encode == n_layer * formula.encode &&
+                                          recompute == (n_layer - 1) * formula.recompute);
+}
+
+static void i25_counted_bytes_equal_section_3(void **state) {
+    (void)state;
+    static const char *const names[] = {"query", "delta", "kv", "local"};
+    for (int c = 0; c < N_CASE - 1; c++) /* the last one selects nothing */
+        for (int s = 0; s < N_SIZE; s++)
+            for (int e = 0; e < 4; e++) {
+                tiny_run run =
+                    run_of(&cases[c], (ifkv_prefill_options){.ratio = "0.4", .exchange = names[e]});
+                run.after = counts_as_planned;
+                assert_ok(tiny_run_on(sizes[s], &run));
+                tiny_run_fini(&run);
+            }
+}
+
+static ifkv_status received_nothing(ifkv_session *session) {
+    return agree_true(session->engine->comm, session->bytes[IFKV_STAGE_ENCODE] == 0 &&
+                                                 session->bytes[IFKV_STAGE_RECOMPUTE] == 0);
+}
+
+static void i25_empty_selection_moves_nothing(void **state) {
+    (void)state;
+    static const char *const names[] = {"query", "delta", "kv", "local"};
+    for (int c = 0; c < N_CASE; c++)
+        for (int e = 0; e < 4; e++) {
+            tiny_run run =
+                run_of(&cases[c], (ifkv_prefill_options){.ratio = "0", .exchange = names[e]});
+            run.after = received_nothing;
+            assert_ok(tiny_run_on(5, &run));
+            tiny_run_fini(&run);
+        }
+}
+
 int main(void) {
     seed = tiny_seed();
     const struct CMUnitTest tests[] = {
@@ -915,14 +1098,19 @@ int main(void) {
         cmocka_unit_test(i11_no_bit_depends_on_the_number_of_threads),
         cmocka_unit_test(i12_rows_logits_and_answer_ignore_the_number_of_ranks),
         cmocka_unit_test(i12_tiles_units_and_tail_blocks_change_no_result),
-        cmocka_unit_test(i14_local_on_one_rank_equals_query),
-        cmocka_unit_test(i14_local_on_ranks_changes_selected_rows_only),
+        cmocka_unit_test(i14_delta_equals_query_equals_one_rank),
+        cmocka_unit_test(i14_every_exchange_on_one_rank_gives_the_same_bits),
+        cmocka_unit_test(i14_inexact_exchanges_change_selected_rows_only),
+        cmocka_unit_test(i14_inexact_exchanges_are_exact_up_to_the_second_shard),
+        cmocka_unit_test(auto_takes_delta_if_all_kv_fit_and_query_if_not),
         cmocka_unit_test(i16_placement_changes_no_result),
         cmocka_unit_test(i18_score_forms_bound_each_other),
         cmocka_unit_test(i22_same_inputs_give_the_same_bits),
         cmocka_unit_test(i23_error_on_one_rank_stops_all),
         cmocka_unit_test(i23_options_that_differ_stop_all),
         cmocka_unit_test(i24_scoring_counts_each_key_once),
+        cmocka_unit_test(i25_counted_bytes_equal_section_3),
+        cmocka_unit_test(i25_empty_selection_moves_nothing),
     };
     return cmocka_run_group_tests_name("invariants", tests, make_cases, free_cases);
 }
