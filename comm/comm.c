@@ -2,7 +2,8 @@
  * gather, agree, same.
  *
  * Owns the count of received bytes, so that every communicator counts alike: payload of bcast,
- * all_gather, all_to_all and gather that came from other ranks, counted when the call succeeded.
+ * all_gather, all_to_all, gather and shift that came from other ranks, counted when the call
+ * succeeded.
  * Agreement and reductions are not payload.  Knows no MPI; whether that half was built is the one
  * conditional here.  Nothing below allocates. */
 #include "comm.h"
@@ -125,6 +126,37 @@ ifkv_status ifkv_comm_all_to_all(ifkv_comm *comm, const void *send, const size_t
 
 ifkv_status ifkv_comm_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op) {
     return comm->ops->all_reduce_i64(comm, value, n, op);
+}
+
+ifkv_status ifkv_comm_shift_begin(ifkv_comm *comm, const void *send, size_t send_bytes, int to,
+                                  void *recv, size_t recv_bytes, int from) {
+    IFKV_REQUIRE(comm && (send || !send_bytes) && (recv || !recv_bytes), IFKV_ERR_USAGE,
+                 IFKV_E_VALUE, "shift: communicator or buffer NULL");
+    IFKV_REQUIRE(to >= 0 && to < comm->size && from >= 0 && from < comm->size &&
+                     (to == comm->rank) == (from == comm->rank),
+                 IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "shift: got rank %d sending to %d and receiving from %d of %d ranks", comm->rank,
+                 to, from, comm->size);
+    IFKV_REQUIRE(!comm->is_shifting, IFKV_ERR_USAGE, IFKV_E_STATE,
+                 "shift: begun before the last one was waited for");
+    comm->shift = (ifkv_shift){.send = send,
+                               .recv = recv,
+                               .send_bytes = send_bytes,
+                               .recv_bytes = recv_bytes,
+                               .to = to,
+                               .from = from};
+    IFKV_TRY(comm->ops->shift_begin(comm));
+    comm->is_shifting = true;
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_comm_shift_wait(ifkv_comm *comm) {
+    IFKV_REQUIRE(comm && comm->is_shifting, IFKV_ERR_USAGE, IFKV_E_STATE,
+                 "shift: waited for, but none was begun");
+    comm->is_shifting = false;
+    IFKV_TRY(comm->ops->shift_wait(comm));
+    if (comm->shift.from != comm->rank) comm->bytes_received += (int64_t)comm->shift.recv_bytes;
+    return IFKV_OK;
 }
 
 ifkv_status ifkv_comm_same(ifkv_comm *comm, uint64_t value, const char *what) {

@@ -3,7 +3,10 @@
  * Owns order and sizes, knows nothing of what the bytes mean.  Every rank makes the same calls in
  * the same order with sizes that fit each other, zero bytes included.  All are Collective and
  * blocking unless marked; buffers are host memory, borrowed. A communicator in which a rank called
- * `abort`, or whose library failed, returns IFKV_ERR_PEER from then on. */
+ * `abort`, or whose library failed, returns IFKV_ERR_PEER from then on.
+ *
+ * One movement is asynchronous, for work behind which it can hide: a shift.  Between its begin and
+ * its wait there is no other call. */
 #ifndef IFKV_COMM_COMM_H
 #define IFKV_COMM_COMM_H
 
@@ -14,6 +17,15 @@ extern "C" {
 #endif
 
 typedef enum ifkv_reduce { IFKV_REDUCE_MIN, IFKV_REDUCE_MAX, IFKV_REDUCE_SUM } ifkv_reduce;
+
+/* A shift: every rank sends one piece to a rank and receives one from a rank, the `to` of all ranks
+ * being a permutation; itself is allowed.  send and recv must not overlap. */
+typedef struct ifkv_shift {
+    const void *send;
+    void *recv;
+    size_t send_bytes, recv_bytes;
+    int to, from;
+} ifkv_shift;
 
 typedef struct ifkv_comm_ops {
     const char *name; /* "self", "thread", "mpi" */
@@ -31,6 +43,10 @@ typedef struct ifkv_comm_ops {
                               const size_t *send_offset, void *recv, const size_t *recv_bytes,
                               const size_t *recv_offset);
     ifkv_status (*all_reduce_i64)(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op);
+    /* Start comm->shift, and wait until it is done.  Local and Collective: whether the peers' sizes
+     * fit shows in wait. */
+    ifkv_status (*shift_begin)(ifkv_comm *comm);
+    ifkv_status (*shift_wait)(ifkv_comm *comm);
     /* Local: tell the peers that this rank will not come to the next collective. */
     void (*abort)(ifkv_comm *comm, ifkv_status status);
     /* Local: ranks on this node, this one included. */
@@ -42,6 +58,8 @@ struct ifkv_comm {
     int rank, size;
     int64_t bytes_received; /* from other ranks, since the caller last set it to 0; payload of all
                                calls but barrier and agree */
+    bool is_shifting;
+    ifkv_shift shift; /* the one under way */
 };
 
 ifkv_status ifkv_comm_barrier(ifkv_comm *comm);
@@ -51,6 +69,12 @@ ifkv_status ifkv_comm_all_to_all(ifkv_comm *comm, const void *send, const size_t
                                  const size_t *send_offset, void *recv, const size_t *recv_bytes,
                                  const size_t *recv_offset);
 ifkv_status ifkv_comm_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op);
+/* Begin to send send_bytes to rank `to` and to receive recv_bytes from rank `from`, zero included;
+ * returns at once.  Until the wait, which every rank must come to, the caller may read send and
+ * must leave recv alone.  One at a time.  Local.  Errors: USAGE. */
+ifkv_status ifkv_comm_shift_begin(ifkv_comm *comm, const void *send, size_t send_bytes, int to,
+                                  void *recv, size_t recv_bytes, int from);
+ifkv_status ifkv_comm_shift_wait(ifkv_comm *comm);
 /* Fail with IFKV_ERR_INTERNAL on every rank unless all ranks hold the same value; `what` names it
  * in the message. */
 ifkv_status ifkv_comm_same(ifkv_comm *comm, uint64_t value, const char *what);

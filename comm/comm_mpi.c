@@ -4,7 +4,8 @@
  * calls MPI_Init or MPI_Finalize and leaves the host's error handlers alone: only the duplicate
  * returns errors.  MPI counts are int, so every buffer moves in messages of at most max_message
  * bytes.  A message longer or shorter than expected is an error on the rank that receives it; sizes
- * of which one is zero leave a rank waiting, as MPI itself would.  After an MPI error every call
+ * of which one is zero leave a rank waiting, as MPI itself would, except in a shift, whose first
+ * message is sent even if it is empty.  After an MPI error every call
  * returns IFKV_ERR_PEER, and buffers of the failed call may still be in use: the host then ends the
  * job.  Calls come from the thread that opened it. */
 #include "comm.h"
@@ -15,6 +16,7 @@
 
 enum {
     TAG = 17, /* any: MPI keeps the order of messages between two ranks */
+    SHIFT_TAG,
     MAX_MESSAGE = 1 << 30
 };
 
@@ -24,7 +26,8 @@ typedef struct mpi_comm {
     size_t max_message;
     int node_size;
     bool is_broken;
-    MPI_Request *requests; /* [2 size] owned; receives at 2r, sends at 2r + 1 */
+    MPI_Request *requests;          /* [2 size] owned; receives at 2r, sends at 2r + 1 */
+    MPI_Request receiving, sending; /* of a shift */
 } mpi_comm;
 
 static ifkv_status mpi_usable(const mpi_comm *self) {
@@ -190,6 +193,62 @@ static ifkv_status mpi_all_gather(ifkv_comm *comm, const void *send, void *recv,
     return IFKV_OK;
 }
 
+/* Start the messages of a shift that begin `done` bytes into it. */
+static ifkv_status post_shift(mpi_comm *self, size_t done) {
+    const ifkv_shift *shift = &self->base.shift;
+    if (!done || done < shift->recv_bytes) {
+        const int n = ifkv_mpi_chunk(shift->recv_bytes - done, self->max_message);
+        IFKV_TRY(IFKV_MPI(MPI_Irecv((char *)shift->recv + done, n, MPI_BYTE, shift->from, SHIFT_TAG,
+                                    self->mpi, &self->receiving)));
+    }
+    if (!done || done < shift->send_bytes) {
+        const int n = ifkv_mpi_chunk(shift->send_bytes - done, self->max_message);
+        IFKV_TRY(IFKV_MPI(MPI_Isend((const char *)shift->send + done, n, MPI_BYTE, shift->to,
+                                    SHIFT_TAG, self->mpi, &self->sending)));
+    }
+    return IFKV_OK;
+}
+
+static ifkv_status wait_shift(mpi_comm *self, size_t done) {
+    const ifkv_shift *shift = &self->base.shift;
+    if (self->receiving != MPI_REQUEST_NULL) {
+        const int expected = ifkv_mpi_chunk(shift->recv_bytes - done, self->max_message);
+        IFKV_TRY(wait_message(self, &self->receiving, shift->from, expected));
+    }
+    if (self->sending != MPI_REQUEST_NULL)
+        IFKV_TRY(wait_message(self, &self->sending, shift->to, -1));
+    return IFKV_OK;
+}
+
+static ifkv_status mpi_shift_begin(ifkv_comm *comm) {
+    mpi_comm *self = (mpi_comm *)comm;
+    IFKV_TRY(mpi_usable(self));
+    if (comm->shift.to == comm->rank) return IFKV_OK;
+    return mpi_note(self, post_shift(self, 0));
+}
+
+/* What does not fit one message follows here, message by message: only the first moves behind the
+ * caller's work, which is all of it up to 1 GiB. */
+static ifkv_status mpi_shift_wait(ifkv_comm *comm) {
+    mpi_comm *self = (mpi_comm *)comm;
+    const ifkv_shift *shift = &comm->shift;
+    IFKV_TRY(mpi_usable(self));
+    if (shift->to == comm->rank) {
+        IFKV_REQUIRE(shift->send_bytes == shift->recv_bytes, IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
+                     "shift: rank %d sends itself %zu bytes and expects %zu", comm->rank,
+                     shift->send_bytes, shift->recv_bytes);
+        if (shift->recv_bytes) memcpy(shift->recv, shift->send, shift->recv_bytes);
+        return IFKV_OK;
+    }
+    IFKV_TRY(mpi_note(self, wait_shift(self, 0)));
+    for (size_t done = self->max_message; done < shift->recv_bytes || done < shift->send_bytes;
+         done += self->max_message) {
+        IFKV_TRY(mpi_note(self, post_shift(self, done)));
+        IFKV_TRY(mpi_note(self, wait_shift(self, done)));
+    }
+    return IFKV_OK;
+}
+
 static ifkv_status mpi_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op) {
     mpi_comm *self = (mpi_comm *)comm;
     MPI_Op mpi_op = MPI_SUM;
@@ -222,6 +281,8 @@ static const ifkv_comm_ops mpi_ops = {
     .all_gather = mpi_all_gather,
     .all_to_all = mpi_all_to_all,
     .all_reduce_i64 = mpi_all_reduce_i64,
+    .shift_begin = mpi_shift_begin,
+    .shift_wait = mpi_shift_wait,
     .abort = mpi_abort,
     .node_size = mpi_node_size,
 };
@@ -298,6 +359,7 @@ static mpi_comm *create(int size) {
 static ifkv_status describe(mpi_comm *self, MPI_Comm mpi, size_t max_message) {
     self->base.ops = &mpi_ops;
     self->mpi = mpi;
+    self->receiving = self->sending = MPI_REQUEST_NULL;
     self->max_message = max_message;
     IFKV_TRY(IFKV_MPI(MPI_Comm_rank(mpi, &self->base.rank)));
     IFKV_TRY(IFKV_MPI(MPI_Comm_size(mpi, &self->base.size)));

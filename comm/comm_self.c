@@ -52,6 +52,20 @@ static ifkv_status self_all_to_all(ifkv_comm *comm, const void *send, const size
     return IFKV_OK;
 }
 
+static ifkv_status self_shift_begin(ifkv_comm *comm) {
+    return self_usable(comm);
+}
+
+static ifkv_status self_shift_wait(ifkv_comm *comm) {
+    const ifkv_shift *shift = &comm->shift;
+    IFKV_TRY(self_usable(comm));
+    IFKV_REQUIRE(shift->send_bytes == shift->recv_bytes, IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
+                 "shift: rank 0 sends %zu bytes to rank 0, which expects %zu from rank 0",
+                 shift->send_bytes, shift->recv_bytes);
+    if (shift->recv_bytes) memcpy(shift->recv, shift->send, shift->recv_bytes);
+    return IFKV_OK;
+}
+
 static ifkv_status self_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op) {
     (void)value;
     (void)n;
@@ -77,6 +91,8 @@ static const ifkv_comm_ops self_ops = {
     .all_gather = self_all_gather,
     .all_to_all = self_all_to_all,
     .all_reduce_i64 = self_all_reduce_i64,
+    .shift_begin = self_shift_begin,
+    .shift_wait = self_shift_wait,
     .abort = self_abort,
     .node_size = self_node_size,
 };

@@ -20,11 +20,12 @@ typedef enum call {
     CALL_BCAST,
     CALL_ALL_GATHER,
     CALL_ALL_TO_ALL,
-    CALL_ALL_REDUCE
+    CALL_ALL_REDUCE,
+    CALL_SHIFT
 } call;
 
-static const char *const call_names[] = {"barrier", "bcast", "all_gather", "all_to_all",
-                                         "all_reduce"};
+static const char *const call_names[] = {"barrier",    "bcast",      "all_gather",
+                                         "all_to_all", "all_reduce", "shift"};
 
 /* The arguments of one rank's call; everything borrowed until the rank has parted. */
 typedef struct slot {
@@ -38,6 +39,7 @@ typedef struct slot {
     const int64_t *value;      /* all_reduce */
     int n;                     /* all_reduce */
     ifkv_reduce op;            /* all_reduce */
+    ifkv_shift shift;          /* shift */
 } slot;
 
 typedef struct thread_group thread_group;
@@ -176,6 +178,18 @@ static ifkv_status check_all_reduce(const thread_group *group) {
     return IFKV_OK;
 }
 
+static ifkv_status check_shift(const thread_group *group) {
+    for (int r = 0; r < group->size; r++) {
+        const ifkv_shift *sent = &group->ranks[r].slot.shift;
+        const ifkv_shift *expected = &group->ranks[sent->to].slot.shift;
+        IFKV_REQUIRE(expected->from == r && sent->send_bytes == expected->recv_bytes,
+                     IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
+                     "shift: rank %d sends %zu bytes to rank %d, which expects %zu from rank %d", r,
+                     sent->send_bytes, sent->to, expected->recv_bytes, expected->from);
+    }
+    return IFKV_OK;
+}
+
 /* Do the calls of all ranks fit each other?  The same answer and the same words on every rank. */
 static ifkv_status check_calls(const thread_group *group) {
     const call first = group->ranks[0].slot.call;
@@ -191,6 +205,7 @@ static ifkv_status check_calls(const thread_group *group) {
     case CALL_ALL_GATHER: return check_all_gather(group);
     case CALL_ALL_TO_ALL: return check_all_to_all(group);
     case CALL_ALL_REDUCE: return check_all_reduce(group);
+    case CALL_SHIFT: return check_shift(group);
     }
     return IFKV_OK;
 }
@@ -264,6 +279,23 @@ static ifkv_status thread_all_to_all(ifkv_comm *comm, const void *send, const si
     return IFKV_OK;
 }
 
+/* Nothing moves behind the work of a rank here: what is begun is copied in the wait, where all
+ * meet. */
+static ifkv_status thread_shift_begin(ifkv_comm *comm) {
+    (void)comm;
+    return IFKV_OK;
+}
+
+static ifkv_status thread_shift_wait(ifkv_comm *comm) {
+    thread_comm *self = (thread_comm *)comm;
+    const slot mine = {.call = CALL_SHIFT, .shift = comm->shift};
+    IFKV_TRY(begin_call(self, &mine));
+    const ifkv_shift *from = &self->group->ranks[comm->shift.from].slot.shift;
+    copy_in(comm->shift.recv, 0, from->send, 0, comm->shift.recv_bytes);
+    part(self);
+    return IFKV_OK;
+}
+
 static int64_t reduce_two(int64_t a, int64_t b, ifkv_reduce op) {
     switch (op) {
     case IFKV_REDUCE_MIN: return a < b ? a : b;
@@ -312,6 +344,8 @@ static const ifkv_comm_ops thread_ops = {
     .all_gather = thread_all_gather,
     .all_to_all = thread_all_to_all,
     .all_reduce_i64 = thread_all_reduce_i64,
+    .shift_begin = thread_shift_begin,
+    .shift_wait = thread_shift_wait,
     .abort = thread_abort,
     .node_size = thread_node_size,
 };

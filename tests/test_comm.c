@@ -168,6 +168,93 @@ static void all_to_all_delivers_by_sender_and_receiver(void **state) {
     over_all(all_to_all_body);
 }
 
+/* Send to the rank `hops` further on, which gets by number of rank and round its awkward bytes. */
+static ifkv_status check_shift(ifkv_comm *comm, int hops, int round) {
+    const int size = ifkv_comm_size(comm), rank = ifkv_comm_rank(comm);
+    const int to = (rank + hops) % size, from = (rank + size - hops % size) % size;
+    const size_t out = awkward(rank, to, round), in = awkward(from, rank, round);
+    unsigned char *send = canaries(out + 1), *recv = canaries(in + 2 * GAP);
+    fill(send, out, rank, to);
+    const int64_t before = comm->bytes_received;
+    ifkv_status status = ifkv_comm_shift_begin(comm, send, out, to, recv + GAP, in, from);
+    /* what is on its way may still be read */
+    bool ok = holds(send, out, rank, to) && comm->bytes_received == before;
+    if (!status) status = ifkv_comm_shift_wait(comm);
+    ok = ok && holds(recv + GAP, in, from, rank) && untouched(recv, GAP) &&
+         untouched(recv + GAP + in, GAP) &&
+         comm->bytes_received == before + (from == rank ? 0 : (int64_t)in);
+    free(recv);
+    free(send);
+    IFKV_TRY(status);
+    return agree_true(comm, ok);
+}
+
+static ifkv_status shift_body(ifkv_comm *comm, void *arg) {
+    (void)arg;
+    for (int hops = 0; hops <= ifkv_comm_size(comm); hops++)
+        for (int round = 0; round < 11; round++) IFKV_TRY(check_shift(comm, hops, round));
+    const int rank = ifkv_comm_rank(comm);
+    IFKV_TRY(ifkv_comm_shift_begin(comm, NULL, 0, rank, NULL, 0, rank));
+    return ifkv_comm_shift_wait(comm);
+}
+
+static void shift_delivers_to_the_rank_it_names(void **state) {
+    (void)state;
+    over_all(shift_body);
+}
+
+/* Every rank's piece goes all the way round, two buffers taking turns. */
+static ifkv_status ring_body(ifkv_comm *comm, void *arg) {
+    (void)arg;
+    const int size = ifkv_comm_size(comm), rank = ifkv_comm_rank(comm), round = 2;
+    unsigned char *block[2] = {canaries(65537), canaries(65537)};
+    fill(block[0], awkward(rank, 0, round), rank, 0);
+    ifkv_status status = IFKV_OK;
+    for (int hop = 0; hop < size && status == IFKV_OK; hop++) {
+        const int held = (rank + size - hop) % size, coming = (held + size - 1) % size;
+        status = ifkv_comm_shift_begin(comm, block[hop % 2], awkward(held, 0, round),
+                                       (rank + 1) % size, block[(hop + 1) % 2],
+                                       awkward(coming, 0, round), (rank + size - 1) % size);
+        if (!status) status = ifkv_comm_shift_wait(comm);
+    }
+    const bool ok = holds(block[size % 2], awkward(rank, 0, round), rank, 0);
+    free(block[0]);
+    free(block[1]);
+    IFKV_TRY(status);
+    return agree_true(comm, ok);
+}
+
+static void shifts_round_the_ring_come_home(void **state) {
+    (void)state;
+    over_all(ring_body);
+}
+
+/* A shift out of turn or to a rank that is none is refused where it is made, and the next is as if
+ * it had not been. */
+static ifkv_status misuse_body(ifkv_comm *comm, void *arg) {
+    (void)arg;
+    const int size = ifkv_comm_size(comm), rank = ifkv_comm_rank(comm);
+    unsigned char a = 0, b = 0;
+    bool ok = ifkv_comm_shift_wait(comm) == IFKV_ERR_USAGE;
+    ok = ok && ifkv_comm_shift_begin(comm, &a, 1, size, &b, 1, size) == IFKV_ERR_USAGE;
+    ok = ok && ifkv_comm_shift_begin(comm, &a, 1, -1, &b, 1, rank) == IFKV_ERR_USAGE;
+    ok = ok && ifkv_comm_shift_begin(comm, NULL, 1, rank, &b, 1, rank) == IFKV_ERR_USAGE;
+    ok = ok && ifkv_comm_shift_begin(comm, &a, 1, rank, NULL, 1, rank) == IFKV_ERR_USAGE;
+    if (size > 1)
+        ok = ok &&
+             ifkv_comm_shift_begin(comm, &a, 1, rank, &b, 1, (rank + 1) % size) == IFKV_ERR_USAGE;
+    ok = ok && ifkv_comm_shift_begin(comm, &a, 1, rank, &b, 1, rank) == IFKV_OK;
+    ok = ok && ifkv_comm_shift_begin(comm, &a, 1, rank, &b, 1, rank) == IFKV_ERR_USAGE;
+    ok = ok && ifkv_last_error()->code == IFKV_E_STATE && ifkv_comm_shift_wait(comm) == IFKV_OK;
+    IFKV_TRY(agree_true(comm, ok));
+    return check_shift(comm, 1, 4);
+}
+
+static void shift_refuses_what_cannot_be(void **state) {
+    (void)state;
+    over_all(misuse_body);
+}
+
 static ifkv_status check_gather(ifkv_comm *comm, size_t bytes, bool is_in_place) {
     const size_t size = (size_t)ifkv_comm_size(comm), rank = (size_t)ifkv_comm_rank(comm);
     unsigned char *recv = canaries(size * bytes + GAP), *own = canaries(bytes + 1);
@@ -374,9 +461,10 @@ static ifkv_status order_body(ifkv_comm *comm, void *arg) {
     for (int i = 0; i < 200; i++) {
         seed = seed * 1664525u + 1013904223u;
         const int round = (int)(seed >> 16 & 1023);
-        switch (seed >> 28 & 3) {
+        switch (seed >> 27 & 7) {
         case 0: IFKV_TRY(check_all_to_all(comm, round)); break;
-        case 1: IFKV_TRY(check_all_gather(comm, round, seed >> 27 & 1)); break;
+        case 3: IFKV_TRY(check_shift(comm, 1 + round % 3, round)); break;
+        case 1: IFKV_TRY(check_all_gather(comm, round, seed >> 26 & 1)); break;
         case 2:
             IFKV_TRY(check_bcast(comm, awkward(0, 0, round), round % ifkv_comm_size(comm)));
             break;
@@ -436,6 +524,9 @@ static int run_all(const char *name) {
         cmocka_unit_test(bcast_copies_the_root),
         cmocka_unit_test(all_gather_places_every_piece),
         cmocka_unit_test(all_to_all_delivers_by_sender_and_receiver),
+        cmocka_unit_test(shift_delivers_to_the_rank_it_names),
+        cmocka_unit_test(shifts_round_the_ring_come_home),
+        cmocka_unit_test(shift_refuses_what_cannot_be),
         cmocka_unit_test(gather_orders_by_rank),
         cmocka_unit_test(all_reduce_equals_closed_form),
         cmocka_unit_test(same_refuses_one_odd_rank),

@@ -54,6 +54,15 @@ static void assert_outcome(const outcome *seen, ifkv_status status, int code, co
                  status, code, text);
 }
 
+/* A shift by one rank in which the odd rank sends more, or to a rank further on. */
+static ifkv_status shift_that_differs(ifkv_comm *comm, size_t bytes, int hops) {
+    char data[64] = {0}, recv[64] = {0};
+    const int size = ifkv_comm_size(comm), rank = ifkv_comm_rank(comm);
+    IFKV_TRY(ifkv_comm_shift_begin(comm, data, bytes, (rank + hops) % size, recv, 4,
+                                   (rank + size - 1) % size));
+    return ifkv_comm_shift_wait(comm);
+}
+
 /* One collective in which the odd rank's call differs: case 0 the kind, then one size each. */
 static ifkv_status call_that_differs(ifkv_comm *comm, int which, bool is_odd) {
     char data[64] = {0}, recv[64] = {0};
@@ -74,6 +83,10 @@ static ifkv_status call_that_differs(ifkv_comm *comm, int which, bool is_odd) {
         return ifkv_comm_all_to_all(comm, data, send, place, recv, one, place);
     }
     case 5: return ifkv_comm_all_reduce_i64(comm, value, is_odd ? 1 : 2, IFKV_REDUCE_MIN);
+    case 6: return shift_that_differs(comm, is_odd ? 64 : 4, 1);
+    case 7: return shift_that_differs(comm, is_odd ? 0 : 4, 1);
+    case 8: return shift_that_differs(comm, 4, is_odd ? 2 : 1);
+    case 9: return is_odd ? ifkv_comm_barrier(comm) : shift_that_differs(comm, 4, 1);
     default:
         return ifkv_comm_all_reduce_i64(comm, value, 2, is_odd ? IFKV_REDUCE_MAX : IFKV_REDUCE_MIN);
     }
@@ -96,6 +109,10 @@ static void mismatch_is_the_same_error_on_every_rank(void **state) {
         "all_gather: rank 0 expects 1 bytes of rank 4, rank 3 expects 5",
         "all_to_all: rank 3 sends 64 bytes to rank 4, which expects 1",
         "all_reduce: rank 0 passes 2 values with operation 0, rank 3 1 with 0",
+        "shift: rank 3 sends 64 bytes to rank 4, which expects 4 from rank 3",
+        "shift: rank 3 sends 0 bytes to rank 4, which expects 4 from rank 3",
+        "shift: rank 3 sends 4 bytes to rank 0, which expects 4 from rank 4",
+        "rank 0 calls shift while rank 3 calls barrier",
         "all_reduce: rank 0 passes 2 values with operation 0, rank 3 2 with 1",
     };
     for (int which = 0; which < (int)(sizeof words / sizeof *words); which++) {
@@ -265,6 +282,9 @@ static void self_refuses_what_the_others_refuse(void **state) {
     assert_fails(ifkv_comm_bcast(comm, data, 1, -1), IFKV_ERR_USAGE, IFKV_E_VALUE, "root: got -1");
     assert_fails(ifkv_comm_bcast(comm, NULL, 1, 0), IFKV_ERR_USAGE, IFKV_E_VALUE, "NULL");
     assert_fails(ifkv_comm_gather(comm, NULL, 1, data), IFKV_ERR_USAGE, IFKV_E_VALUE, "NULL");
+    assert_ok(ifkv_comm_shift_begin(comm, data, 1, 0, data + 2, 2, 0));
+    assert_fails(ifkv_comm_shift_wait(comm), IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
+                 "rank 0 sends 1 bytes to rank 0, which expects 2");
     ifkv_comm_abort(comm, IFKV_ERR_DATA);
     assert_fails(ifkv_comm_barrier(comm), IFKV_ERR_PEER, IFKV_E_COMM_PEER, "aborted");
     assert_fails(ifkv_comm_bcast(comm, data, 1, 0), IFKV_ERR_PEER, IFKV_E_COMM_PEER, "aborted");
@@ -373,15 +393,24 @@ static void copies_of_one_rank_are_refused(void **state) {
 static ifkv_comm *judge; /* carries the verdict while another communicator is broken */
 
 /* Rank 0 sends rank 1 `sent` bytes where it expects `expected`; only rank 1 can see it. */
-static ifkv_status check_size(size_t max_message, size_t sent, size_t expected, const char *text) {
+static ifkv_status check_size(bool is_shift, size_t max_message, size_t sent, size_t expected,
+                              const char *text) {
     char send[64] = {0}, recv[64] = {0};
     size_t none[64] = {0}, out[64] = {0}, in[64] = {0};
     ifkv_comm *comm = NULL;
     IFKV_TRY(agree_ok(judge, ifkv_comm_mpi_open_chunked(max_message, &comm)));
-    const int rank = ifkv_comm_rank(comm);
+    const int rank = ifkv_comm_rank(comm), size = ifkv_comm_size(comm);
     if (rank == 0) out[1] = sent;
     if (rank == 1) in[0] = expected;
-    const outcome seen = outcome_of(ifkv_comm_all_to_all(comm, send, out, none, recv, in, none));
+    outcome seen;
+    if (is_shift) {
+        seen = outcome_of(ifkv_comm_shift_begin(comm, send, rank == 0 ? sent : 1, (rank + 1) % size,
+                                                recv, rank == 1 ? expected : 1,
+                                                (rank + size - 1) % size));
+        if (!seen.status) seen = outcome_of(ifkv_comm_shift_wait(comm));
+    } else {
+        seen = outcome_of(ifkv_comm_all_to_all(comm, send, out, none, recv, in, none));
+    }
     bool ok = true;
     if (rank == 1)
         ok = seen.status == IFKV_ERR_INTERNAL && seen.code == IFKV_E_DIVERGED &&
@@ -396,10 +425,17 @@ static ifkv_status check_size(size_t max_message, size_t sent, size_t expected, 
 static void mpi_names_a_message_of_the_wrong_size(void **state) {
     (void)state;
     if (ifkv_comm_size(judge) < 2) skip();
-    assert_ok(check_size(64, 8, 16, "rank 0 sent 8 bytes where rank 1 expects 16"));
-    assert_ok(check_size(64, 32, 16, "rank 0 sent more than the 16 bytes that rank 1 expects"));
-    assert_ok(check_size(10, 13, 19, "rank 0 sent 3 bytes where rank 1 expects 9"));
-    assert_ok(check_size(10, 19, 13, "rank 0 sent more than the 3 bytes that rank 1 expects"));
+    for (int is_shift = 0; is_shift < 2; is_shift++) {
+        assert_ok(check_size(is_shift, 64, 8, 16, "rank 0 sent 8 bytes where rank 1 expects 16"));
+        assert_ok(check_size(is_shift, 64, 32, 16,
+                             "rank 0 sent more than the 16 bytes that rank 1 expects"));
+        assert_ok(check_size(is_shift, 10, 13, 19, "rank 0 sent 3 bytes where rank 1 expects 9"));
+        assert_ok(check_size(is_shift, 10, 19, 13,
+                             "rank 0 sent more than the 3 bytes that rank 1 expects"));
+    }
+    /* a shift also tells nothing from something */
+    assert_ok(check_size(true, 64, 0, 16, "rank 0 sent 0 bytes where rank 1 expects 16"));
+    assert_ok(check_size(true, 64, 16, 0, "rank 0 sent more than the 0 bytes"));
 }
 
 static void mpi_errors_carry_the_words_of_the_library(void **state) {
