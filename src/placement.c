@@ -43,6 +43,12 @@ static double encode_cost(ifkv_encode_cost cost, int64_t rows) {
     return cost.per_row * m + cost.per_pair * m * (m + 1) / 2;
 }
 
+static void place_slices(ifkv_placement *placement) {
+    const int size = placement->size;
+    for (int slice = 0; slice < (int)placement->n_chunk; slice++)
+        placement->rank[slice] = slice < size ? slice : 2 * size - 1 - slice;
+}
+
 typedef struct sized_chunk {
     int64_t rows, chunk;
 } sized_chunk;
@@ -136,7 +142,20 @@ ifkv_status ifkv_placement_init(ifkv_placement *placement, ifkv_placement_kind k
     if (kind == IFKV_PLACE_ZIGZAG) place_zigzag(placement);
     if (kind == IFKV_PLACE_CONTIGUOUS) place_contiguous(placement);
     if (kind == IFKV_PLACE_LONGEST) status = place_longest(placement, cost);
+    if (kind == IFKV_PLACE_SLICES || kind == IFKV_PLACE_SLICES_ZIGZAG) place_slices(placement);
     if (status != IFKV_OK) ifkv_placement_fini(placement);
+    return status;
+}
+
+ifkv_status ifkv_placement_init_slices(ifkv_placement *placement, ifkv_placement_kind kind,
+                                       int size, int64_t n_context) {
+    const int64_t n_slice = (kind == IFKV_PLACE_SLICES_ZIGZAG ? 2 : 1) * (int64_t)size;
+    int64_t *offset = malloc(((size_t)n_slice + 1) * sizeof *offset);
+    IFKV_REQUIRE(offset, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "placement: out of host memory");
+    for (int64_t i = 0; i <= n_slice; i++) offset[i] = ifkv_even_begin(n_context, n_slice, i);
+    const ifkv_status status =
+        ifkv_placement_init(placement, kind, size, 0, n_slice, offset, (ifkv_encode_cost){0, 0});
+    free(offset);
     return status;
 }
 

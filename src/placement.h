@@ -19,7 +19,9 @@ typedef enum ifkv_placement_kind {
     IFKV_PLACE_ZIGZAG,     /* slices r and 2P-1-r of 2P equal token slices: balances causal work */
     IFKV_PLACE_CONTIGUOUS, /* slice r of P */
     IFKV_PLACE_LONGEST,    /* longest chunk first, to the rank with the least encode work */
-    IFKV_PLACE_FIRST       /* everything on rank 0: exact prefill on one rank */
+    IFKV_PLACE_FIRST,      /* everything on rank 0: exact prefill on one rank */
+    IFKV_PLACE_SLICES,     /* exact prefill on all ranks: chunk i is slice i of P, on rank i ... */
+    IFKV_PLACE_SLICES_ZIGZAG /* ... slice i of 2P, on rank i or 2P-1-i */
 } ifkv_placement_kind;
 
 typedef struct ifkv_placement {
@@ -43,6 +45,11 @@ typedef struct ifkv_encode_cost {
 ifkv_status ifkv_placement_init(ifkv_placement *placement, ifkv_placement_kind kind, int size,
                                 int64_t n_prefix, int64_t n_chunk, const int64_t *chunk_offsets,
                                 ifkv_encode_cost cost);
+/* Cut n_context rows, a prefix being the first of them, into equal slices, whose lengths differ by
+ * at most one, empty ones last, and place them as a kind of SLICES says.  The rows of two ranks,
+ * too, differ by at most one.  Allocates; release with ifkv_placement_fini.  Errors: RESOURCE. */
+ifkv_status ifkv_placement_init_slices(ifkv_placement *placement, ifkv_placement_kind kind,
+                                       int size, int64_t n_context);
 void ifkv_placement_fini(ifkv_placement *placement);
 
 /* Rows of chunk i that are encoded and dropped: its copy of the prefix, except in chunk 0, which

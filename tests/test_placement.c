@@ -129,6 +129,32 @@ static void first_puts_everything_on_rank_0(void **state) {
     ifkv_placement_fini(&placement);
 }
 
+static void slices_are_even_and_cover_the_context(void **state) {
+    (void)state;
+    for (int size = 1; size <= 8; size++)
+        for (int64_t n = 1; n < 200; n += n < 40 ? 1 : 17)
+            for (int is_zigzag = 0; is_zigzag < 2; is_zigzag++) {
+                const int n_slice = is_zigzag ? 2 * size : size;
+                ifkv_placement placement;
+                assert_ok(ifkv_placement_init_slices(
+                    &placement, is_zigzag ? IFKV_PLACE_SLICES_ZIGZAG : IFKV_PLACE_SLICES, size, n));
+                assert_int_equal(placement.n_context, n);
+                assert_int_equal(placement.n_tail_rank, size);
+                for (int i = 0; i < n_slice; i++) {
+                    assert_in_range(placement.offset[i + 1] - placement.offset[i], n / n_slice,
+                                    (n + n_slice - 1) / n_slice);
+                    assert_int_equal(ifkv_placement_dropped(&placement, i), 0);
+                    for (int64_t x = placement.offset[i]; x < placement.offset[i + 1]; x++)
+                        assert_int_equal(ifkv_placement_owner(&placement, x),
+                                         i < size ? i : 2 * size - 1 - i);
+                }
+                for (int r = 0; r < size; r++)
+                    assert_in_range(ifkv_placement_kept_rows(&placement, r), n / size,
+                                    (n + size - 1) / size);
+                ifkv_placement_fini(&placement);
+            }
+}
+
 static void counts_add_up_and_owners_hold_their_chunks(void **state) {
     (void)state;
     static const int64_t length[] = {17, 1, 40, 5, 33, 64, 9, 2, 2, 130, 1};
@@ -265,6 +291,7 @@ int main(void) {
         cmocka_unit_test(longest_counts_the_prefix_of_every_chunk),
         cmocka_unit_test(longest_counts_pairs),
         cmocka_unit_test(first_puts_everything_on_rank_0),
+        cmocka_unit_test(slices_are_even_and_cover_the_context),
         cmocka_unit_test(counts_add_up_and_owners_hold_their_chunks),
         cmocka_unit_test(tail_rows_go_round_in_blocks_of_256),
         cmocka_unit_test(dealt_counts_differ_by_at_most_one),
