@@ -29,6 +29,7 @@ typedef struct ifkv_exchange_shape {
     int n_head, n_kv_head, d_head, n_layer;
     int64_t max_row;                 /* rows of a pass, all ranks */
     int64_t max_home;                /* rows at home on this rank */
+    int64_t max_shard;               /* rows at home on any rank; read where n_slice > 0 */
     const ifkv_placement *placement; /* who stores which context row; borrowed */
 } ifkv_exchange_shape;
 
@@ -42,6 +43,9 @@ typedef struct ifkv_exchange_ops {
     size_t struct_bytes; /* of the exchange's own struct */
     bool is_home_owner;  /* rows must be at home where their K/V are stored */
     bool is_exact;       /* a row sees all keys at or below its index, whatever the ranks */
+    /* 0: a pass is any rows.  Else a pass is the whole context, of which a rank holds this many
+     * equal slices, contiguous (1) or zigzag (2): an exact prefill method of its own. */
+    int n_slice;
     /* Allocate and release the host arrays of a fresh, zeroed struct; fini takes a half-made one.
      */
     ifkv_status (*init)(ifkv_exchange *exchange);
@@ -97,7 +101,20 @@ void ifkv_exchange_layout_nothing(ifkv_exchange *exchange, ifkv_arena *arena);
 ifkv_status ifkv_exchange_share_nothing(ifkv_exchange *exchange, int layer);
 ifkv_exchange_bytes ifkv_exchange_no_bytes(const ifkv_exchange *exchange);
 
+/* What the exchanges over whole contexts share.  Check that the rows are this rank's shard and are
+ * stored where they are at home; write K and V into the shard, row by row; what a rank receives,
+ * every row of the context that is not its own; put [K, V] of the shard into rows [row, ...) of
+ * block [., 2 n_kv_head * d_head]. */
+ifkv_status ifkv_exchange_check_whole(const ifkv_exchange *exchange,
+                                      const ifkv_exchange_rows *rows);
+ifkv_status ifkv_exchange_store_whole(ifkv_exchange *exchange, int layer, const ifkv_view *k,
+                                      const ifkv_view *v);
+ifkv_exchange_bytes ifkv_exchange_whole_bytes(const ifkv_exchange *exchange);
+ifkv_status ifkv_exchange_pack(ifkv_exchange *exchange, int layer, const ifkv_view *block,
+                               int64_t row);
+
 extern const ifkv_exchange_ops ifkv_exchange_query_ops, ifkv_exchange_delta_ops,
-    ifkv_exchange_kv_ops, ifkv_exchange_local_ops;
+    ifkv_exchange_kv_ops, ifkv_exchange_local_ops, ifkv_exchange_ring_ops,
+    ifkv_exchange_allgather_ops;
 
 #endif

@@ -176,7 +176,8 @@ typedef void (*ifkv_progress_fn)(void *arg, ifkv_stage stage, int64_t done, int6
 
 typedef struct ifkv_prefill_options {
     size_t size;
-    const char *method;       /* NULL: "infoflow"; "none", "all", "random", "full" */
+    const char *method;       /* NULL: "infoflow"; "none", "all", "random", "full"; "ring" and
+                                 "allgather" are their own exchange */
     const char *exchange;     /* NULL: "auto"; "query", "delta"; "kv", "local": not exact */
     const char *ratio;        /* exact decimal in [0, 1], NULL: "0.15" */
     const char *score;        /* NULL: "l2"; "l1", "mass", "l2h" */

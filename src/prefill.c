@@ -64,9 +64,8 @@ const ifkv_exchange_ops ifkv_exchange_chunk_ops = {
     .explain = "a row sees its own chunk; kept rows go to this rank's shard",
 };
 
-ifkv_status ifkv_prefill_encode(ifkv_session *session) {
+static ifkv_status begin_chunks(ifkv_session *session) {
     ifkv_backend *backend = session->engine->backend;
-    const int n_layer = session->engine->model.config.n_layer;
     const int64_t n = session->n_encoded;
     session->chunk_exchange.ops = &ifkv_exchange_chunk_ops;
     session->chunk_exchange.backend = backend;
@@ -74,14 +73,37 @@ ifkv_status ifkv_prefill_encode(ifkv_session *session) {
     const size_t bytes = (size_t)n * sizeof(int64_t);
     IFKV_TRY(backend->ops->upload(backend, session->span_begin, session->encode_stage, bytes));
     IFKV_TRY(backend->ops->upload(backend, session->span_end, session->encode_stage + n, bytes));
-    IFKV_TRY(backend->ops->upload(backend, session->kept_row, session->encode_stage + 2 * n,
-                                  (size_t)session->n_kept * sizeof(int64_t)));
-    IFKV_TRY(ifkv_pass_begin(&session->encode, backend, n, session->encode_token,
+    return backend->ops->upload(backend, session->kept_row, session->encode_stage + 2 * n,
+                                (size_t)session->n_kept * sizeof(int64_t));
+}
+
+/* The pass of an exact method: every row of the context, where its slice is. */
+static ifkv_status begin_slices(ifkv_session *session) {
+    for (int64_t i = 0; i < session->n_context; i++) {
+        session->pass_index[i] = i;
+        session->pass_home[i] = session->pass_owner[i] =
+            ifkv_placement_owner(&session->placement, i);
+    }
+    const ifkv_exchange_rows rows = {
+        .n_row = session->n_context,
+        .index = session->pass_index,
+        .home = session->pass_home,
+        .owner = session->pass_owner,
+    };
+    return session->exchange->ops->begin(session->exchange, &rows);
+}
+
+ifkv_status ifkv_prefill_encode(ifkv_session *session) {
+    ifkv_backend *backend = session->engine->backend;
+    const int n_layer = session->engine->model.config.n_layer;
+    ifkv_exchange *exchange = session->is_exact ? session->exchange : &session->chunk_exchange;
+    IFKV_TRY(session->is_exact ? begin_slices(session) : begin_chunks(session));
+    IFKV_TRY(ifkv_pass_begin(&session->encode, backend, session->n_encoded, session->encode_token,
                              session->encode_position, session->n_chunk, session->encode_begin));
     for (int layer = 0; layer < n_layer; layer++) {
         /* nothing reads the context's last hidden state */
         const unsigned what = layer + 1 < n_layer ? IFKV_LAYER_ALL : IFKV_LAYER_KV;
-        IFKV_TRY(ifkv_layer_run(&session->encode, layer, &session->chunk_exchange, what));
+        IFKV_TRY(ifkv_layer_run(&session->encode, layer, exchange, what));
         report(session, IFKV_STAGE_ENCODE, layer + 1, n_layer);
     }
     return backend->ops->sync(backend);

@@ -7,8 +7,8 @@
 
 #include "session.h"
 
-/* Layer by layer, K and V of every context row as its chunk alone sees it, into the shard
- * (algorithm 1.3). */
+/* Layer by layer, K and V of every context row into the shard: as its chunk alone sees it
+ * (algorithm 1.3), or under an exact method as the whole context does. */
 ifkv_status ifkv_prefill_encode(ifkv_session *session);
 /* Scores of all context rows on every rank, where the method scores (1.4). */
 ifkv_status ifkv_prefill_score(ifkv_session *session);

@@ -100,6 +100,12 @@ static ifkv_status find_placement(const char *name, ifkv_placement_kind *kind_p)
                      ifkv_quote(name, strlen(name), shown));
 }
 
+/* Exact prefill on all ranks goes by the name of its exchange. */
+static bool is_exact_method(const char *method) {
+    const ifkv_exchange_ops *ops = ifkv_exchange_find(method);
+    return ops && ops->n_slice > 0;
+}
+
 static ifkv_status place(ifkv_session *session) {
     const ifkv_config *config = &session->engine->model.config;
     const double q_cols = (double)config->n_head * config->d_head,
@@ -115,6 +121,12 @@ static ifkv_status place(ifkv_session *session) {
         const int64_t whole[2] = {0, session->given_offsets[session->n_given]};
         return ifkv_placement_init(&session->placement, IFKV_PLACE_FIRST, size, request->n_prefix,
                                    1, whole, cost);
+    }
+    if (session->is_exact) {
+        const bool is_zigzag = ifkv_exchange_find(session->method)->n_slice == 2;
+        return ifkv_placement_init_slices(&session->placement,
+                                          is_zigzag ? IFKV_PLACE_SLICES_ZIGZAG : IFKV_PLACE_SLICES,
+                                          size, session->n_context);
     }
     ifkv_placement_kind kind = IFKV_PLACE_AUTO;
     IFKV_TRY(find_placement(session->options.placement, &kind));
@@ -236,8 +248,8 @@ static void print_score_layers(ifkv_session *session, const ifkv_select_input *i
 static ifkv_status plan_selection(ifkv_session *session) {
     const ifkv_prefill_options *options = &session->options;
     const ifkv_engine *engine = session->engine;
-    const bool is_full = !strcmp(session->method, "full");
-    const ifkv_select_ops *ops = ifkv_select_find(is_full ? "none" : session->method);
+    const bool is_exact = session->is_exact || !strcmp(session->method, "full");
+    const ifkv_select_ops *ops = ifkv_select_find(is_exact ? "none" : session->method);
     ifkv_select_input input = {
         .backend = engine->backend,
         .comm = engine->comm,
@@ -256,7 +268,8 @@ static ifkv_status plan_selection(ifkv_session *session) {
     IFKV_TRY(ifkv_score_form_parse(options->score ? options->score : "l2", &input.form));
     IFKV_TRY(ifkv_score_layers_parse(options->score_layers ? options->score_layers : "published",
                                      engine->model.config.n_layer, &input));
-    const int64_t n_eligible = session->n_context - ifkv_select_first(&session->placement);
+    const int64_t n_eligible =
+        is_exact ? 0 : session->n_context - ifkv_select_first(&session->placement);
     input.budget = options->selected ? options->n_selected
                                      : ops->budget(num, den, session->n_context, n_eligible);
     IFKV_REQUIRE(input.budget >= 0 && input.budget <= n_eligible, IFKV_ERR_USAGE, IFKV_E_VALUE,
@@ -280,7 +293,17 @@ static ifkv_status plan_selection(ifkv_session *session) {
     return ifkv_selector_create(ops, &input, &session->selector);
 }
 
-/* Exchange and buffers for up to max_row rows over all ranks, max_home of them here. */
+static int64_t largest_shard(const ifkv_placement *placement) {
+    int64_t most = 0;
+    for (int r = 0; r < placement->size; r++) {
+        const int64_t n = ifkv_placement_kept_rows(placement, r);
+        if (n > most) most = n;
+    }
+    return most;
+}
+
+/* Exchange and, unless pass is NULL, buffers for up to max_row rows over all ranks, max_home of
+ * them here. */
 static ifkv_status plan_rows(ifkv_session *session, const char *exchange, int64_t max_row,
                              int64_t max_home, ifkv_pass *pass, ifkv_exchange **exchange_p) {
     const ifkv_engine *engine = session->engine;
@@ -292,21 +315,23 @@ static ifkv_status plan_rows(ifkv_session *session, const char *exchange, int64_
         .n_layer = config->n_layer,
         .max_row = max_row,
         .max_home = max_home,
+        .max_shard = largest_shard(&session->placement),
         .placement = &session->placement,
     };
     IFKV_TRY(ifkv_exchange_create(exchange, engine->backend, engine->comm, &session->cache, &shape,
                                   exchange_p));
-    return ifkv_pass_init(pass, &engine->model, engine->frequency, max_home, 1);
+    return pass ? ifkv_pass_init(pass, &engine->model, engine->frequency, max_home, 1) : IFKV_OK;
 }
 
 static ifkv_status plan_passes(ifkv_session *session) {
     const ifkv_comm *comm = session->engine->comm;
-    const int64_t k = session->n_selected, n_prompt = session->n_prompt;
+    const int64_t k = session->is_exact ? session->n_context : session->n_selected,
+                  n_prompt = session->n_prompt;
     const ifkv_exchange_ops *ops = ifkv_exchange_find(session->exchange_name);
     int64_t home = ifkv_deal_count(k, comm->size, comm->rank);
     if (ops && ops->is_home_owner) home = k < session->n_kept ? k : session->n_kept;
-    IFKV_TRY(plan_rows(session, session->exchange_name, k, home, &session->recompute,
-                       &session->exchange));
+    IFKV_TRY(plan_rows(session, session->exchange_name, k, home,
+                       session->is_exact ? NULL : &session->recompute, &session->exchange));
     home = ifkv_deal_count(n_prompt, session->placement.n_tail_rank, comm->rank);
     IFKV_TRY(
         plan_rows(session, "query", n_prompt, home, &session->prompt, &session->prompt_exchange));
@@ -340,10 +365,13 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     ifkv_score_form form;
     ifkv_placement_kind kind;
     ifkv_select_input *layers;
-    IFKV_REQUIRE(!method || !strcmp(method, "full") || ifkv_select_find(method), IFKV_ERR_USAGE,
-                 IFKV_E_VALUE, "method: got \"%s\", expected infoflow, none, all, random or full",
-                 ifkv_quote(method, strlen(method), shown));
-    IFKV_REQUIRE(!exchange || !strcmp(exchange, "auto") || ifkv_exchange_find(exchange),
+    IFKV_REQUIRE(
+        !method || !strcmp(method, "full") || is_exact_method(method) || ifkv_select_find(method),
+        IFKV_ERR_USAGE, IFKV_E_VALUE,
+        "method: got \"%s\", expected infoflow, none, all, random, full, ring or allgather",
+        ifkv_quote(method, strlen(method), shown));
+    IFKV_REQUIRE(!exchange || !strcmp(exchange, "auto") ||
+                     (ifkv_exchange_find(exchange) && !is_exact_method(exchange)),
                  IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "exchange: got \"%s\", expected auto, query, delta, kv or local",
                  ifkv_quote(exchange, strlen(exchange), shown));
@@ -370,6 +398,7 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
  * half of the least share of memory, else `query`: a function of lengths and of what all ranks
  * know, so that they decide alike. */
 static const char *pick_exchange(const ifkv_session *session) {
+    if (session->is_exact) return session->method; /* its own exchange */
     const char *name = session->options.exchange ? session->options.exchange : default_exchange;
     if (strcmp(name, "auto")) return name;
     const ifkv_engine *engine = session->engine;
@@ -387,6 +416,7 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     IFKV_TRY(
         ifkv_struct_read(&session->options, sizeof session->options, options, "prefill_options"));
     session->method = session->options.method ? session->options.method : "infoflow";
+    session->is_exact = is_exact_method(session->method);
     const char *rows = session->options.score_rows;
     if (rows && !strcmp(rows, "question")) session->options.score_rows = NULL;
     session->max_new = session->options.max_new;
@@ -459,6 +489,14 @@ err_destroy:
     return status;
 }
 
+static void layout_chunk_exchange(ifkv_session *session, ifkv_arena *arena) {
+    const int n_head = session->engine->model.config.n_head;
+    session->span_begin = ifkv_arena_take(arena, session->n_encoded, sizeof(int64_t));
+    session->span_end = ifkv_arena_take(arena, session->n_encoded, sizeof(int64_t));
+    session->kept_row = ifkv_arena_take(arena, session->n_kept, sizeof(int64_t));
+    session->encode_lse = ifkv_arena_view(arena, IFKV_DTYPE_F32, session->n_encoded, n_head);
+}
+
 void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena) {
     const ifkv_engine *engine = session->engine;
     const ifkv_config *config = &engine->model.config;
@@ -476,16 +514,17 @@ void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena) {
 
     const size_t mark = ifkv_arena_mark(arena); /* stages follow each other and share the rest */
     ifkv_pass_layout(&session->encode, arena, dtype);
-    session->span_begin = ifkv_arena_take(arena, session->n_encoded, sizeof(int64_t));
-    session->span_end = ifkv_arena_take(arena, session->n_encoded, sizeof(int64_t));
-    session->kept_row = ifkv_arena_take(arena, session->n_kept, sizeof(int64_t));
-    session->encode_lse =
-        ifkv_arena_view(arena, IFKV_DTYPE_F32, session->n_encoded, config->n_head);
+    if (session->is_exact)
+        session->exchange->ops->layout(session->exchange, arena);
+    else
+        layout_chunk_exchange(session, arena);
     ifkv_arena_reset(arena, mark);
     if (session->selector) session->selector->ops->layout(session->selector, arena);
     ifkv_arena_reset(arena, mark);
-    ifkv_pass_layout(&session->recompute, arena, dtype);
-    session->exchange->ops->layout(session->exchange, arena);
+    if (!session->is_exact) {
+        ifkv_pass_layout(&session->recompute, arena, dtype);
+        session->exchange->ops->layout(session->exchange, arena);
+    }
     ifkv_arena_reset(arena, mark);
     ifkv_pass_layout(&session->prompt, arena, dtype);
     session->prompt_exchange->ops->layout(session->prompt_exchange, arena);

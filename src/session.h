@@ -15,11 +15,12 @@ struct ifkv_session {
     ifkv_request request; /* arrays borrowed from the caller */
     ifkv_prefill_options options;
     const char *method, *exchange_name;
+    bool is_exact; /* the method is a pass of its own exchange over the whole context */
 
     int64_t n_context, n_prompt, n_question, max_new,
         n_tail;             /* n_tail: prompt and generated rows with K/V */
     int64_t *given_offsets; /* [n_given + 1] chunk bounds in context tokens, after re-cutting */
-    int64_t n_given;        /* chunks of the request; a full prefill places them as one */
+    int64_t n_given;        /* chunks of the request; exact methods place one, or slices */
     int64_t *chunk_index;   /* [n_given + 1] the same in index, for the K/V's description */
     int32_t *token;         /* [n_context + n_prompt + max_new] the sequence */
     int32_t *question;      /* [n_question] */
@@ -29,7 +30,7 @@ struct ifkv_session {
     int64_t *cache_index; /* [cache.capacity] */
     int64_t n_kept;       /* context rows of this rank */
 
-    /* Encode: the rows of this rank's chunks, each behind its prefix. */
+    /* Encode: the rows of this rank's chunks, each behind its prefix, or of its slices. */
     ifkv_exchange chunk_exchange;
     ifkv_pass encode;
     int64_t n_encoded, n_chunk;     /* rows and chunks of this rank */
@@ -41,7 +42,7 @@ struct ifkv_session {
     ifkv_view encode_lse;           /* [n_encoded, n_head] written, never read */
     int64_t *encode_stage;          /* [3 * n_encoded] host */
 
-    /* Select and recompute. */
+    /* Select and recompute; an exact method's exchange serves encode instead. */
     ifkv_selector *selector; /* NULL if nothing can be selected */
     int64_t n_selected;
     int64_t *selected; /* [n_selected] */

@@ -25,6 +25,10 @@ static uint64_t mix(uint64_t z) {
     return z ^ (z >> 31);
 }
 
+static bool is_whole(const char *exchange) {
+    return ifkv_exchange_find(exchange)->n_slice > 0;
+}
+
 static int64_t below(int64_t limit) {
     return (int64_t)(mix(seed++) % (uint64_t)limit);
 }
@@ -172,8 +176,10 @@ static ifkv_status open_side(const deal_scene *scene, ifkv_comm *comm, side *it)
         .rank = (int *)scene->owner,
         .n_tail_rank = scene->size,
     };
+    int64_t n_of[8] = {0}, max_shard = 0;
     for (int64_t key = 0; key < scene->n_key; key++) {
         it->offset[key + 1] = key + 1;
+        if (++n_of[scene->owner[key]] > max_shard) max_shard++;
         if (scene->owner[key] != rank) continue;
         it->key[it->cache.n_row] = key;
         it->index[it->cache.n_row++] = scene->index[key];
@@ -191,6 +197,7 @@ static ifkv_status open_side(const deal_scene *scene, ifkv_comm *comm, side *it)
         .n_layer = N_LAYER,
         .max_row = scene->n_row,
         .max_home = it->n_home,
+        .max_shard = max_shard,
         .placement = &it->placement,
     };
     IFKV_TRY(ifkv_exchange_create(scene->exchange, it->backend, comm, &it->cache, &shape,
@@ -418,11 +425,32 @@ static deal_scene random_scene(const char *exchange, value_pattern pattern, int 
     return it;
 }
 
+static int by_rank(const void *a, const void *b) {
+    return *(const int *)a - *(const int *)b;
+}
+
+/* For an exchange over whole contexts: every key is a row of the pass, at home where it is stored;
+ * anywhere, or in ascending ranks where slices are contiguous. */
+static deal_scene whole_scene(const char *exchange, value_pattern pattern, int size,
+                              int64_t max_key) {
+    deal_scene it = random_scene(exchange, pattern, size, max_key);
+    it.n_row = it.n_key;
+    if (ifkv_exchange_find(exchange)->n_slice == 1)
+        qsort(it.owner, (size_t)it.n_key, sizeof *it.owner, by_rank);
+    for (int64_t key = 0; key < it.n_key; key++) {
+        it.row_key[key] = it.row_index[key] = key;
+        it.home[key] = it.row_owner[key] = it.owner[key];
+        it.is_fresh[key] = true;
+    }
+    return it;
+}
+
 static void each(const char *exchange, value_pattern pattern, int64_t max_key,
                  void (*check)(const deal_scene *it)) {
     for (int s = 0; s < N_SIZE; s++)
         for (int round = 0; round < 6; round++) {
-            deal_scene it = random_scene(exchange, pattern, sizes[s], max_key);
+            deal_scene it = is_whole(exchange) ? whole_scene(exchange, pattern, sizes[s], max_key)
+                                               : random_scene(exchange, pattern, sizes[s], max_key);
             run(&it);
             check(&it);
             free(it.out);
@@ -452,6 +480,23 @@ static void i24_equal_values_give_that_value(void **state) {
     (void)state;
     for (int e = 0; e < N_EXCHANGE; e++)
         each(exchanges[e], SEVENS, MAX_KEY, assert_equals_reference);
+}
+
+static const char *const whole[] = {"ring", "allgather"};
+
+static void whole_contexts_find_every_key_on_every_rank(void **state) {
+    (void)state;
+    for (int e = 0; e < 2; e++) each(whole[e], CODES, MAX_KEY, assert_equals_targets);
+}
+
+static void whole_contexts_equal_float64_attention(void **state) {
+    (void)state;
+    for (int e = 0; e < 2; e++) each(whole[e], REALS, MAX_KEY, assert_equals_reference);
+}
+
+static void i24_whole_contexts_count_each_key_once(void **state) {
+    (void)state;
+    for (int e = 0; e < 2; e++) each(whole[e], ONE_HOT, 64, assert_counts_each_key_once);
 }
 
 /* Other homes, other order of rows in messages: the same bits for every row. */
@@ -560,6 +605,23 @@ static void i25_delta_kv_and_local_receive_the_bytes_they_say(void **state) {
                     .share = is_any ? (is_delta ? it.n_key - n_kept : lent) * kv : 0,
                     .store = is_delta ? (it.n_row - n_home) * kv : 0,
                     .attend = strcmp(it.exchange, "kv") ? 0 : (it.n_row - n_home) * kv};
+                assert_received(&it, r, want);
+            }
+            free(it.out);
+        }
+}
+
+/* Every row of K and V that is not at home, once. */
+static void i25_whole_contexts_receive_the_bytes_they_say(void **state) {
+    (void)state;
+    for (int e = 0; e < 2; e++)
+        for (int s = 0; s < N_SIZE; s++) {
+            deal_scene it = whole_scene(whole[e], REALS, sizes[s], MAX_KEY);
+            run(&it);
+            for (int r = 0; r < it.size; r++) {
+                int64_t n_away = 0;
+                for (int64_t i = 0; i < it.n_row; i++) n_away += it.home[i] != r;
+                const ifkv_exchange_bytes want = {.attend = n_away * 8 * it.n_kv_head * it.d_head};
                 assert_received(&it, r, want);
             }
             free(it.out);
@@ -777,6 +839,35 @@ static void query_refuses_more_rows_than_planned(void **state) {
                  "1 at home, expected");
 }
 
+/* A pass that leaves a row out, moves one, or comes in an order that the exchange cannot take. */
+static void whole_contexts_refuse_other_passes(void **state) {
+    (void)state;
+    for (int e = 0; e < 2; e++) {
+        deal_scene it = whole_scene(whole[e], CODES, 2, 1);
+        it.owner[0] = it.home[0] = it.row_owner[0] = 0;
+        assert_fails(ifkv_comm_thread_run(2, begin_only, &it), IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                     "is at home on rank 1 and stored on rank 0");
+        it.row_owner[0] = 1; /* and so at home, but in the shard of rank 0 */
+        assert_fails(ifkv_comm_thread_run(2, begin_only, &it), IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                     "of the shard");
+    }
+}
+
+static void allgather_refuses_descending_ranks(void **state) {
+    (void)state;
+    deal_scene it = whole_scene("allgather", CODES, 2, MAX_KEY);
+    it.n_key = it.n_row = 2;
+    for (int key = 0; key < 2; key++) {
+        it.row_key[key] = it.row_index[key] = it.index[key] = key;
+        it.owner[key] = it.home[key] = it.row_owner[key] = 1 - key;
+    }
+    it.out = calloc((size_t)(N_LAYER * 2 * it.n_head * it.d_head), sizeof *it.out);
+    assert_non_null(it.out);
+    assert_fails(ifkv_comm_thread_run(2, run_rank, &it), IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                 "behind those of a higher rank");
+    free(it.out);
+}
+
 int main(void) {
     seed = tiny_seed();
     const struct CMUnitTest tests[] = {
@@ -784,11 +875,15 @@ int main(void) {
         cmocka_unit_test(results_equal_float64_attention_over_what_rows_see),
         cmocka_unit_test(i24_each_key_counts_once),
         cmocka_unit_test(i24_equal_values_give_that_value),
+        cmocka_unit_test(whole_contexts_find_every_key_on_every_rank),
+        cmocka_unit_test(whole_contexts_equal_float64_attention),
+        cmocka_unit_test(i24_whole_contexts_count_each_key_once),
         cmocka_unit_test(i07_homes_change_no_bit),
         cmocka_unit_test(i13_shards_change_no_result),
         cmocka_unit_test(i13_row_that_sees_nothing_is_zero),
         cmocka_unit_test(i25_query_receives_the_bytes_it_says),
         cmocka_unit_test(i25_delta_kv_and_local_receive_the_bytes_they_say),
+        cmocka_unit_test(i25_whole_contexts_receive_the_bytes_they_say),
         cmocka_unit_test(passes_may_shrink_to_nothing),
         cmocka_unit_test(i24_merged_lse_of_zero_queries_is_the_log_of_the_count),
         cmocka_unit_test(unknown_names_are_refused),
@@ -796,6 +891,8 @@ int main(void) {
         cmocka_unit_test(kv_and_local_refuse_rows_of_the_prefix),
         cmocka_unit_test(delta_refuses_rows_behind_the_context),
         cmocka_unit_test(query_refuses_more_rows_than_planned),
+        cmocka_unit_test(whole_contexts_refuse_other_passes),
+        cmocka_unit_test(allgather_refuses_descending_ranks),
     };
     return cmocka_run_group_tests_name("exchange", tests, NULL, NULL);
 }
