@@ -3,8 +3,8 @@
  * Each test is named after its claim, with the invariant's number.  Requests are awkward on
  * purpose: a chunk of one token, fewer chunks than ranks, one chunk, no prefix, a prompt of one
  * token, a question that is not the prompt.  Ranks are threads: 1, 2, 3, 5 and 8 of them.
- * Not here: I13 of one operation, I18's question mass (test_backend); I15, I19, I20, I21, I26, I27
- * and I17: the forms that they compare do not exist yet. */
+ * Not here: I13 of one operation, I18's question mass (test_backend); I25 of one exchange
+ * (test_exchange); I17, I19, I20, I21, I26, I27: the forms that they compare do not exist yet. */
 #include "tiny.h"
 
 #include "agree.h"
@@ -520,7 +520,7 @@ static double lead(const float *x, int64_t n) {
 
 /* The one-rank answer, each token checked against a prefill whose prompt holds the tokens before
  * it. Returns how many leading tokens are clear enough to be demanded of others. */
-static int64_t check_answer(const pipeline_case *it, const tiny_run *one) {
+static int64_t check_answer(const pipeline_case *it, const char *method, const tiny_run *one) {
     const ifkv_request *request = &it->request.request;
     int32_t *prompt = malloc((size_t)(request->n_prompt + one->n_answer) * sizeof *prompt);
     assert_non_null(prompt);
@@ -532,8 +532,9 @@ static int64_t check_answer(const pipeline_case *it, const tiny_run *one) {
         ifkv_request extended = *request;
         extended.prompt = prompt;
         extended.n_prompt += i;
-        tiny_run run = run_of(
-            it, (ifkv_prefill_options){.selected = one->selected, .n_selected = one->n_selected});
+        tiny_run run = run_of(it, (ifkv_prefill_options){.method = method,
+                                                         .selected = one->selected,
+                                                         .n_selected = one->n_selected});
         run.request = &extended;
         assert_ok(tiny_run_on(0, &run));
         is_clear = lead(run.logits, run.n_vocab) > CLEAR_LEAD;
@@ -551,7 +552,7 @@ static void i12_rows_logits_and_answer_ignore_the_number_of_ranks(void **state) 
         const ifkv_prefill_options options = {.ratio = "0.3", .max_new = 6};
         tiny_run one = prefill(&cases[c], 0, options);
         assert_int_equal(one.n_answer, 6);
-        const int64_t n_clear = check_answer(&cases[c], &one);
+        const int64_t n_clear = check_answer(&cases[c], NULL, &one);
         for (int s = 0; s < N_SIZE; s++) {
             tiny_run run = prefill(&cases[c], sizes[s], options);
             assert_equals_full(&run, &one, one.n_context);
@@ -567,7 +568,7 @@ static void i12_tiles_units_and_tail_blocks_change_no_result(void **state) {
     const ifkv_prefill_options options = {.ratio = "0.55", .max_new = 3};
     tiny_run one = prefill(&large, 0, options);
     assert_true(one.n_selected >= 512); /* so that 2 ranks deal units of 64 rows */
-    const int64_t n_clear = check_answer(&large, &one);
+    const int64_t n_clear = check_answer(&large, NULL, &one);
     for (int size = 2; size <= 3; size++) {
         tiny_run run = prefill(&large, size, options);
         differs_from(&run, &one);
@@ -612,6 +613,127 @@ static void i14_every_exchange_on_one_rank_gives_the_same_bits(void **state) {
             tiny_run_fini(&run);
         }
         tiny_run_fini(&query);
+    }
+}
+
+static const char *const exact[] = {"ring", "allgather"};
+enum { N_EXACT = sizeof exact / sizeof *exact };
+
+/* K/V, logits and answer of both exact methods on these ranks against full prefill on one. */
+static void assert_exact(const pipeline_case *it, const int *n_rank, int n) {
+    tiny_run full = prefill(it, 0, (ifkv_prefill_options){.method = "full", .max_new = 5});
+    const int64_t n_clear = check_answer(it, "full", &full);
+    for (int i = 0; i < n; i++)
+        for (int m = 0; m < N_EXACT; m++) {
+            tiny_run run =
+                prefill(it, n_rank[i], (ifkv_prefill_options){.method = exact[m], .max_new = 5});
+            assert_int_equal(run.n_selected, 0);
+            assert_int_equal(run.n_answer, full.n_answer);
+            assert_equals_full(&run, &full, full.n_context);
+            assert_memory_equal(run.answer, full.answer, (size_t)n_clear * sizeof *full.answer);
+            tiny_run_fini(&run);
+        }
+    tiny_run_fini(&full);
+}
+
+static const int exact_sizes[] = {1, 2, 3, 4, 5, 8};
+enum { N_EXACT_SIZE = sizeof exact_sizes / sizeof *exact_sizes };
+
+static void i15_exact_methods_equal_full_prefill(void **state) {
+    (void)state;
+    for (int c = 0; c < N_CASE; c++) assert_exact(&cases[c], exact_sizes, N_EXACT_SIZE);
+}
+
+/* One token, fewer rows than ranks, fewer than slices; with and without a prefix. */
+static void i15_exact_methods_take_empty_shards(void **state) {
+    (void)state;
+    pipeline_case few[] = {
+        make_case(0, 0, 1, (int64_t[]){1}, 1, 0),
+        make_case(2, 2, 1, (int64_t[]){1}, 3, 0),
+        make_case(1, 0, 2, (int64_t[]){4, 1}, 2, 1),
+        make_case(3, 1, 3, (int64_t[]){2, 5, 1}, 1, 2),
+    };
+    for (size_t i = 0; i < sizeof few / sizeof *few; i++) {
+        assert_exact(&few[i], exact_sizes, N_EXACT_SIZE);
+        free_case(&few[i]);
+    }
+}
+
+static void i15_exact_methods_equal_full_prefill_in_tiles_and_tail_blocks(void **state) {
+    (void)state;
+    assert_exact(&large, exact_sizes + 1, 2);
+}
+
+/* Sessions that were opened on the ranks of a run: what encode received is what the plan says,
+ * which with equal slices is (P - 1) / P of the context's K/V in every layer but the last. */
+static ifkv_status received_the_plan(ifkv_session *session) {
+    const ifkv_config *config = &session->engine->model.config;
+    ifkv_comm *comm = session->engine->comm;
+    const int64_t row = 8 * (int64_t)config->n_kv_head * config->d_head, n = session->n_context,
+                  n_layer = config->n_layer, size = comm->size;
+    bool ok = session->bytes[IFKV_STAGE_ENCODE] == (n_layer - 1) * (n - session->n_kept) * row;
+    ok = ok && session->n_kept >= n / size && session->n_kept <= (n + size - 1) / size;
+    ok = ok && session->bytes[IFKV_STAGE_SCORE] == 0 && session->bytes[IFKV_STAGE_SELECT] == 0 &&
+         session->bytes[IFKV_STAGE_RECOMPUTE] == 0;
+    return agree_true(comm, ok);
+}
+
+static void i25_exact_methods_receive_the_bytes_of_the_plan(void **state) {
+    (void)state;
+    for (int c = 0; c < N_CASE; c++)
+        for (int s = 0; s < N_EXACT_SIZE; s++)
+            for (int m = 0; m < N_EXACT; m++) {
+                tiny_run run = run_of(&cases[c], (ifkv_prefill_options){.method = exact[m]});
+                run.after = received_the_plan;
+                assert_ok(tiny_run_on(exact_sizes[s], &run));
+                tiny_run_fini(&run);
+            }
+}
+
+/* Description of a shard as --save-kv writes it: rows ascend and cover the context, chunks are the
+ * request's. */
+static ifkv_status describes_its_rows(ifkv_session *session) {
+    ifkv_comm *comm = session->engine->comm;
+    ifkv_kv_rows rows = {.size = sizeof rows};
+    IFKV_TRY(ifkv_session_kv_rows(session, &rows));
+    const ifkv_request *request = &session->request;
+    int64_t sum[2] = {rows.n_row, 0};
+    bool ok = rows.n_chunk == request->n_chunk && rows.chunk_offsets[0] == 0;
+    for (int64_t i = 1; i <= request->n_chunk; i++)
+        ok = ok && rows.chunk_offsets[i] == request->n_prefix + request->chunk_offsets[i];
+    for (int64_t i = 0; i < rows.n_row; i++) {
+        const int64_t index = rows.index[i];
+        ok = ok && (i == 0 || index > rows.index[i - 1]) && rows.position[i] == index &&
+             rows.token[i] == session->token[index] && !rows.recomputed[i];
+        sum[1] += index;
+    }
+    IFKV_TRY(ifkv_comm_all_reduce_i64(comm, sum, 2, IFKV_REDUCE_SUM));
+    const int64_t n = session->n_context;
+    return agree_true(comm, ok && sum[0] == n && sum[1] == n * (n - 1) / 2);
+}
+
+static void exact_methods_describe_their_rows(void **state) {
+    (void)state;
+    for (int c = 0; c < N_CASE; c++)
+        for (int s = 0; s < N_EXACT_SIZE; s++)
+            for (int m = 0; m < N_EXACT; m++) {
+                tiny_run run = run_of(&cases[c], (ifkv_prefill_options){.method = exact[m]});
+                run.after = describes_its_rows;
+                assert_ok(tiny_run_on(exact_sizes[s], &run));
+                tiny_run_fini(&run);
+            }
+}
+
+static void exact_methods_select_nothing_and_take_no_selection(void **state) {
+    (void)state;
+    static const int64_t row[] = {30};
+    for (int m = 0; m < N_EXACT; m++) {
+        tiny_run run =
+            run_of(&cases[0],
+                   (ifkv_prefill_options){.method = exact[m], .selected = row, .n_selected = 1});
+        assert_fails(tiny_run_on(2, &run), IFKV_ERR_USAGE, IFKV_E_VALUE, "n_selected");
+        run.options = (ifkv_prefill_options){.exchange = exact[m]};
+        assert_fails(tiny_run_on(2, &run), IFKV_ERR_USAGE, IFKV_E_VALUE, "exchange");
     }
 }
 
@@ -759,17 +881,20 @@ static void i18_score_forms_bound_each_other(void **state) {
 
 static void i22_same_inputs_give_the_same_bits(void **state) {
     (void)state;
+    static const char *const methods[] = {"infoflow", "ring", "allgather"};
     for (int c = 0; c < N_CASE; c++)
-        for (int s = 0; s < N_SIZE; s++) {
-            const ifkv_prefill_options options = {.ratio = "0.3", .max_new = 4};
-            tiny_run first = run_of(&cases[c], options), second = first;
-            first.n_thread = second.n_thread = 2;
-            assert_ok(tiny_run_on(sizes[s], &first));
-            assert_ok(tiny_run_on(sizes[s], &second));
-            assert_true(same_bits(&second, &first));
-            tiny_run_fini(&second);
-            tiny_run_fini(&first);
-        }
+        for (int s = 0; s < N_SIZE; s++)
+            for (size_t m = 0; m < sizeof methods / sizeof *methods; m++) {
+                const ifkv_prefill_options options = {
+                    .method = methods[m], .ratio = "0.3", .max_new = 4};
+                tiny_run first = run_of(&cases[c], options), second = first;
+                first.n_thread = second.n_thread = 2;
+                assert_ok(tiny_run_on(sizes[s], &first));
+                assert_ok(tiny_run_on(sizes[s], &second));
+                assert_true(same_bits(&second, &first));
+                tiny_run_fini(&second);
+                tiny_run_fini(&first);
+            }
 }
 
 /* What one rank of several is given instead of what the others have, and how all must end. */
@@ -896,6 +1021,7 @@ static void i23_options_that_differ_stop_all(void **state) {
         ODD("method none", .method = "none"),
         ODD("method random", .method = "random"),
         ODD("method full", .method = "full"),
+        ODD("method ring", .method = "ring"),
         ODD("exchange", .exchange = "local"),
         ODD("exchange of auto", .exchange = "query"),
         ODD("score", .score = "l1"),
@@ -1103,6 +1229,9 @@ int main(void) {
         cmocka_unit_test(i14_inexact_exchanges_change_selected_rows_only),
         cmocka_unit_test(i14_inexact_exchanges_are_exact_up_to_the_second_shard),
         cmocka_unit_test(auto_takes_delta_if_all_kv_fit_and_query_if_not),
+        cmocka_unit_test(i15_exact_methods_equal_full_prefill),
+        cmocka_unit_test(i15_exact_methods_take_empty_shards),
+        cmocka_unit_test(i15_exact_methods_equal_full_prefill_in_tiles_and_tail_blocks),
         cmocka_unit_test(i16_placement_changes_no_result),
         cmocka_unit_test(i18_score_forms_bound_each_other),
         cmocka_unit_test(i22_same_inputs_give_the_same_bits),
@@ -1111,6 +1240,9 @@ int main(void) {
         cmocka_unit_test(i24_scoring_counts_each_key_once),
         cmocka_unit_test(i25_counted_bytes_equal_section_3),
         cmocka_unit_test(i25_empty_selection_moves_nothing),
+        cmocka_unit_test(i25_exact_methods_receive_the_bytes_of_the_plan),
+        cmocka_unit_test(exact_methods_describe_their_rows),
+        cmocka_unit_test(exact_methods_select_nothing_and_take_no_selection),
     };
     return cmocka_run_group_tests_name("invariants", tests, make_cases, free_cases);
 }
