@@ -113,7 +113,7 @@ static ifkv_status compare(const ifkv_model_info *info, const ifkv_request_item 
            tolerance, is_good ? "ok" : "FAILED");
     fflush(stdout);
     IFKV_REQUIRE(is_good, IFKV_ERR_NUMERIC, IFKV_E_MISMATCH,
-                 "%s: recompute of all rows against full prefill: got relative error %.2e, "
+                 "%s: every row recomputed against full prefill: got relative error %.2e, "
                  "expected at most %.0e",
                  item->where, worst > logits ? worst : logits, tolerance);
     return IFKV_OK;
@@ -150,9 +150,10 @@ static ifkv_status verify_exactness(ifkv_comm *comm, const cli_options *options)
     IFKV_TRY_GOTO(status, ifkv_engine_info(engine, &info), out);
     IFKV_TRY_GOTO(status, cli_requests_load(comm, options->requests, info.n_vocab, &list), out);
     if (ifkv_comm_rank(comm) == 0)
-        printf("# ratio 1 (every row recomputed) on %d ranks against full prefill on one; relative "
-               "L2 error, worst layer\n",
-               ifkv_comm_size(comm));
+        printf(
+            "# method %s, every row recomputed, on %d ranks against full prefill on one; relative "
+            "L2 error, worst layer\n",
+            options->method ? options->method : "infoflow", ifkv_comm_size(comm));
     for (int64_t i = 0; i < list->n && status == IFKV_OK; i++)
         status = verify_item(comm, engine, &info, options, &list->item[i]);
 out:

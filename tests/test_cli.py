@@ -357,6 +357,13 @@ class Output(Tool):
         self.assert_answer(done, 0)
         self.assertIn(b"ok", done.stdout)
 
+    def test_exact_methods_verify_against_full_prefill(self):
+        for method in ["ring", "allgather"]:
+            done = self.run_tool("verify", "--model", self.model, "--random-weights", "1", "--method", method, "--ranks",
+                                 "5", "--requests", self.write_requests([request(chunks=[[5 + i] * 9 for i in range(4)])]))
+            self.assert_answer(done, 0)
+            self.assertIn(f"method {method}".encode(), done.stdout)
+
     def test_records_are_read_by_h5py(self):
         self.assert_answer(self.prefill([request()], "--save-kv", "--save-logits", "--save-scores", "--ranks", "2"), 0)
         out = self.path("out")
@@ -404,6 +411,49 @@ class Ranks(Tool):
             self.assertEqual(result["size"], mpi or (3 if args else 1))
             seen.add((result["selected_digest"], tuple(result["answer_ids"])))
         self.assertEqual(len(seen), 1)
+
+    def prefilled_exactly(self, item, *args, out, mpi=0):
+        """Result, first logits, K and V [layer, 2, row, column] in order of the index."""
+        self.assert_answer(self.prefill([item], "--save-kv", "--save-logits", *args, out=out, mpi=mpi), 0)
+        self.assert_answer(self.run_tool("verify", self.path(out)), 0)
+        with open(os.path.join(self.path(out), "manifest.jsonl")) as f:
+            line = json.loads(f.readline())
+        with h5py.File(os.path.join(self.path(out), line["record"])) as f:
+            logits = f["first_logits"][:]
+        result = self.results(out)[0]
+        rows = np.full((CONFIG["num_hidden_layers"], 2, result["n_context"], 16), np.nan, np.float32)
+        for name in line["kv"]:
+            with h5py.File(os.path.join(self.path(out), name)) as f:
+                index = f["index"][:]
+                self.assertEqual(sorted(index), list(index))
+                for layer in range(len(rows)):
+                    for i, what in enumerate("kv"):
+                        rows[layer, i, index] = f[f"layers/{layer}/{what}"][:, 0]
+        return result, logits, rows
+
+    def test_exact_methods_equal_full_prefill_over_mpi(self):
+        item = request(chunks=[[5 + i, 9 + i, 40 - i] * 7 for i in range(5)] + [[3, 4, 5, 6]])
+        n_context = 2 + 5 * 21 + 4  # odd: slices differ in length
+        full, logits, rows = self.prefilled_exactly(item, "--method", "full", out="full")
+        for method in ["ring", "allgather"]:
+            for ranks in [2, 4]:
+                with self.subTest(method=method, ranks=ranks):
+                    out = f"{method}{ranks}"
+                    got = self.prefilled_exactly(item, "--method", method, out=out, mpi=ranks)
+                    again = self.prefilled_exactly(item, "--method", method, out=out + "again", mpi=ranks)
+                    result = got[0]
+                    for name in ["answer_ids", "n_chunk", "n_selected"]:
+                        self.assertEqual(result[name], full[name])
+                    self.assertEqual((result["method"], result["exchange"], result["size"]), (method, method, ranks))
+                    self.assertLess(np.linalg.norm(got[1] - logits) / np.linalg.norm(logits), 2e-5)
+                    for layer in range(len(rows)):
+                        for i in range(2):
+                            error = np.linalg.norm(got[2][layer, i] - rows[layer, i])
+                            self.assertLess(error / np.linalg.norm(rows[layer, i]), 2e-5)
+                    np.testing.assert_array_equal(got[1], again[1])
+                    np.testing.assert_array_equal(got[2], again[2])
+                    # K and V of the rows of the others in all layers but the last, on the rank with the fewest own
+                    self.assertEqual(result["bytes"]["encode"], 2 * (n_context - n_context // ranks) * 2 * 16 * 4)
 
     def test_error_is_printed_once_and_every_rank_exits_alike(self):
         self.assert_answer(self.prefill([request(prompt=[5, N_VOCAB])], mpi=4), 65, "/prompt/1", str(N_VOCAB))

@@ -616,17 +616,17 @@ static void i14_every_exchange_on_one_rank_gives_the_same_bits(void **state) {
     }
 }
 
-static const char *const exact[] = {"ring", "allgather"};
-enum { N_EXACT = sizeof exact / sizeof *exact };
+static const char *const rivals[] = {"ring", "allgather"};
+enum { N_RIVAL = sizeof rivals / sizeof *rivals };
 
 /* K/V, logits and answer of both exact methods on these ranks against full prefill on one. */
 static void assert_exact(const pipeline_case *it, const int *n_rank, int n) {
     tiny_run full = prefill(it, 0, (ifkv_prefill_options){.method = "full", .max_new = 5});
     const int64_t n_clear = check_answer(it, "full", &full);
     for (int i = 0; i < n; i++)
-        for (int m = 0; m < N_EXACT; m++) {
+        for (int m = 0; m < N_RIVAL; m++) {
             tiny_run run =
-                prefill(it, n_rank[i], (ifkv_prefill_options){.method = exact[m], .max_new = 5});
+                prefill(it, n_rank[i], (ifkv_prefill_options){.method = rivals[m], .max_new = 5});
             assert_int_equal(run.n_selected, 0);
             assert_int_equal(run.n_answer, full.n_answer);
             assert_equals_full(&run, &full, full.n_context);
@@ -682,8 +682,8 @@ static void i25_exact_methods_receive_the_bytes_of_the_plan(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++)
         for (int s = 0; s < N_EXACT_SIZE; s++)
-            for (int m = 0; m < N_EXACT; m++) {
-                tiny_run run = run_of(&cases[c], (ifkv_prefill_options){.method = exact[m]});
+            for (int m = 0; m < N_RIVAL; m++) {
+                tiny_run run = run_of(&cases[c], (ifkv_prefill_options){.method = rivals[m]});
                 run.after = received_the_plan;
                 assert_ok(tiny_run_on(exact_sizes[s], &run));
                 tiny_run_fini(&run);
@@ -716,8 +716,8 @@ static void exact_methods_describe_their_rows(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++)
         for (int s = 0; s < N_EXACT_SIZE; s++)
-            for (int m = 0; m < N_EXACT; m++) {
-                tiny_run run = run_of(&cases[c], (ifkv_prefill_options){.method = exact[m]});
+            for (int m = 0; m < N_RIVAL; m++) {
+                tiny_run run = run_of(&cases[c], (ifkv_prefill_options){.method = rivals[m]});
                 run.after = describes_its_rows;
                 assert_ok(tiny_run_on(exact_sizes[s], &run));
                 tiny_run_fini(&run);
@@ -727,12 +727,12 @@ static void exact_methods_describe_their_rows(void **state) {
 static void exact_methods_select_nothing_and_take_no_selection(void **state) {
     (void)state;
     static const int64_t row[] = {30};
-    for (int m = 0; m < N_EXACT; m++) {
+    for (int m = 0; m < N_RIVAL; m++) {
         tiny_run run =
             run_of(&cases[0],
-                   (ifkv_prefill_options){.method = exact[m], .selected = row, .n_selected = 1});
+                   (ifkv_prefill_options){.method = rivals[m], .selected = row, .n_selected = 1});
         assert_fails(tiny_run_on(2, &run), IFKV_ERR_USAGE, IFKV_E_VALUE, "n_selected");
-        run.options = (ifkv_prefill_options){.exchange = exact[m]};
+        run.options = (ifkv_prefill_options){.exchange = rivals[m]};
         assert_fails(tiny_run_on(2, &run), IFKV_ERR_USAGE, IFKV_E_VALUE, "exchange");
     }
 }
