@@ -63,31 +63,30 @@ uint64_t ifkv_digest_value(const ifkv_digest *digest) {
     return XXH3_64bits_digest(digest->state);
 }
 
-ifkv_status ifkv_digest_file(const char *path, int code, uint64_t *value) {
+ifkv_status ifkv_digest_range(int fd, const char *path, uint64_t bytes, int code, uint64_t *value) {
     ifkv_status status;
-    ifkv_file_id id;
     ifkv_digest *digest = NULL;
-    char *block;
-    int fd;
-    IFKV_TRY(ifkv_file_open(path, code, &fd, &id));
-    block = malloc(BLOCK_BYTES);
-    if (!block) {
-        status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "digest: out of memory");
-        goto err_close;
-    }
+    char *block = malloc(BLOCK_BYTES);
+    IFKV_REQUIRE(block, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "digest: out of memory");
     IFKV_TRY_GOTO(status, ifkv_digest_create(&digest), err_free);
-    for (uint64_t at = 0; at < id.bytes; at += BLOCK_BYTES) {
-        const size_t n = id.bytes - at < BLOCK_BYTES ? (size_t)(id.bytes - at) : BLOCK_BYTES;
+    for (uint64_t at = 0; at < bytes; at += BLOCK_BYTES) {
+        const size_t n = bytes - at < BLOCK_BYTES ? (size_t)(bytes - at) : BLOCK_BYTES;
         IFKV_TRY_GOTO(status, ifkv_file_pread(fd, path, at, block, n, code), err_destroy);
         ifkv_digest_add(digest, block, n);
     }
     *value = ifkv_digest_value(digest);
-    status = IFKV_OK;
 err_destroy:
     ifkv_digest_destroy(digest);
 err_free:
     free(block);
-err_close:
+    return status;
+}
+
+ifkv_status ifkv_digest_file(const char *path, int code, uint64_t *value) {
+    ifkv_file_id id;
+    int fd;
+    IFKV_TRY(ifkv_file_open(path, code, &fd, &id));
+    const ifkv_status status = ifkv_digest_range(fd, path, id.bytes, code, value);
     close(fd);
     return status;
 }

@@ -19,6 +19,9 @@ uint64_t ifkv_digest_indices(const int64_t *index, int64_t n);
  * ifkv_file_open and ifkv_file_pread, RESOURCE. */
 ifkv_status ifkv_digest_file(const char *path, int code, uint64_t *digest);
 
+/* Of the first `bytes` bytes of an open file; path is for messages. */
+ifkv_status ifkv_digest_range(int fd, const char *path, uint64_t bytes, int code, uint64_t *digest);
+
 /* A digest taken piece by piece; equal to that of all pieces in one. */
 typedef struct ifkv_digest ifkv_digest;
 

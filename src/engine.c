@@ -123,6 +123,13 @@ void ifkv_engine_close(ifkv_engine *engine) {
     free(engine);
 }
 
+ifkv_status ifkv_engine_identify(ifkv_engine *engine) {
+    if (engine->has_weights_digest) return IFKV_OK;
+    IFKV_TRY(ifkv_model_digest(&engine->model, &engine->weights_digest));
+    engine->has_weights_digest = true;
+    return IFKV_OK;
+}
+
 ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *caller_info) {
     IFKV_REQUIRE(engine, IFKV_ERR_USAGE, IFKV_E_STRUCT, "engine_info: got NULL");
     const ifkv_config *config = &engine->model.config;

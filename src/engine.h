@@ -16,7 +16,13 @@ struct ifkv_engine {
     uint64_t least_share;   /* bytes: a rank's share of its machine's memory, minimum over ranks */
     bool has_session;       /* the arena is in use */
     size_t resident_before; /* bytes of this process before the weights */
+    bool has_weights_digest;
+    uint64_t weights_digest; /* of ifkv_engine_identify */
 };
+
+/* Fill weights_digest, once: config and tensor directory do not tell two trainings of one model
+ * apart.  Local. */
+ifkv_status ifkv_engine_identify(ifkv_engine *engine);
 
 /* Copy a caller's options struct of its own size into ours: what it does not know is zero.  Errors:
  * USAGE if it is NULL or larger than ours. */

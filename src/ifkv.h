@@ -139,6 +139,45 @@ typedef struct ifkv_model_info {
 /* Describe the model.  Strings are borrowed from the engine.  Local. */
 ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *info);
 
+/* ---- chunk store ---- */
+
+/* What a store keeps as one: K before rotation (after the norm of heads, where the model has one)
+ * and V of one chunk's own rows, encoded behind the prefix at positions from 0, so that their bits
+ * do not depend on the request.  The prefix rows of a sequence are an entry with no token. */
+typedef struct ifkv_store_entry {
+    size_t size;
+    char key[33];            /* 32 hex digits: 128-bit digest of description and ids */
+    const char *description; /* one line: format version, model, weights, rotation, back end, type,
+                                shape */
+    const char *dtype;       /* of an element: "float32", "bfloat16" */
+    size_t element_bytes;
+    int n_layer, n_kv_head, d_head;
+    int64_t n_row;         /* rows kept: n_token, or n_prefix where that is 0 */
+    const int32_t *prefix; /* [n_prefix] ids in front while it was encoded */
+    int64_t n_prefix;
+    const int32_t *token; /* [n_token] */
+    int64_t n_token;
+} ifkv_store_entry;
+
+/* K and V of one layer, host memory [n_row, n_kv_head, d_head].  False: stop. */
+typedef bool (*ifkv_store_layer_fn)(void *arg, int layer, void *k, void *v);
+
+/* A store as the host implements it; ifkv itself opens no file for it.  Each rank calls its own,
+ * for its own chunks, while it encodes; ranks in one process may call at the same time.  A store
+ * never fails a prefill: what it cannot give is encoded, what it cannot keep is not kept. */
+typedef struct ifkv_store {
+    size_t size;
+    void *arg;
+    /* Hand every layer of an entry to `take`, in ascending order.  True only if all of them were
+     * given and are, to the bit, what was saved for equal description and ids; else whatever was
+     * given is discarded. */
+    bool (*load)(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn take,
+                 void *take_arg);
+    /* Keep an entry: `give` fills the store's own buffers, in ascending order of layers. */
+    void (*save)(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn give,
+                 void *give_arg);
+} ifkv_store;
+
 /* ---- requests ---- */
 
 /* One request, token ids only; all arrays borrowed.  The sequence is prefix ++ chunks ++ prompt
@@ -195,6 +234,8 @@ typedef struct ifkv_prefill_options {
     bool keep_scores;        /* result.scores is filled */
     ifkv_progress_fn progress;
     void *progress_arg;
+    const ifkv_store *store; /* this rank's chunk store, on every rank or on none; NULL: none.  Bits
+                                do not depend on what is in it.  Not used by exact methods */
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */
@@ -240,7 +281,10 @@ typedef struct ifkv_result {
     int64_t bytes[IFKV_N_STAGE];                        /* received by stage, maximum over ranks */
     int64_t bytes_total;                                /* received, sum over stages and ranks */
     size_t memory_weights, memory_planned, memory_peak; /* bytes, maximum over ranks */
-    const char *score_layers; /* as used: "22,23,24,25"; "" if nothing was scored */
+    const char *score_layers;         /* as used: "22,23,24,25"; "" if nothing was scored */
+    bool has_store;                   /* a chunk store was used */
+    int64_t store_hits, store_misses; /* entries, sum over ranks: chunks, and the prefix rows */
+    int64_t store_tokens_hit;         /* context rows that were loaded, of n_context */
 } ifkv_result;
 
 /* The result so far, the same on every rank except first_logits; arrays borrowed from the session.

@@ -101,9 +101,11 @@ static ifkv_status project(ifkv_pass *pass, const ifkv_layer_weights *weights,
     }
     if (has_kv) {
         const ifkv_view k = ifkv_view_block(&pass->qkv, row, n, q_cols, kv_cols);
+        const ifkv_view angles =
+            pass->k_angles.data ? ifkv_view_rows(&pass->k_angles, 0, n) : cos_sin;
         IFKV_TRY(ops->rope(backend, &k, config->n_kv_head,
                            config->has_head_norm ? &weights->k_norm : NULL, config->norm_eps,
-                           &cos_sin));
+                           &angles));
     }
     return IFKV_OK;
 }

@@ -27,6 +27,8 @@ typedef struct ifkv_pass {
     int64_t *row_id;    /* token ids */
     ifkv_view hidden;   /* [., d_model] residual stream */
     ifkv_view cos_sin;  /* [., d_head] float32 */
+    ifkv_view k_angles; /* [max_block, d_head] float32: the same angles for every block of K; data
+                           NULL: cos_sin */
     ifkv_view qkv;      /* [., (n_head + 2 n_kv_head) * d_head] */
     ifkv_view attended; /* [., n_head * d_head] */
     ifkv_view norm;     /* [max_block, d_model] */

@@ -2,6 +2,7 @@
 #include "model.h"
 
 #include "convert.h"
+#include "digest.h"
 #include "model_check.h"
 #include "weights_random.h"
 
@@ -194,6 +195,53 @@ err_free_layer:
     free(loaded.layer);
 err_fini_plan:
     ifkv_model_plan_fini(&plan);
+    return status;
+}
+
+/* Rows of one tensor, a block at a time: what lies between tensors is nobody's. */
+static ifkv_status digest_view(const ifkv_model *model, const ifkv_view *view, void *block,
+                               ifkv_digest *digest) {
+    const ifkv_backend_ops *ops = model->backend->ops;
+    const size_t element = ifkv_dtype_bytes(view->dtype);
+    if (!view->data) return IFKV_OK;
+    IFKV_REQUIRE(view->stride == view->n_col, IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                 "model: got weights of stride %lld, expected %lld", (long long)view->stride,
+                 (long long)view->n_col);
+    const int64_t n = view->n_row * view->n_col;
+    for (int64_t at = 0; at < n; at += BLOCK_ELEMENTS) {
+        const size_t bytes = (size_t)(n - at < BLOCK_ELEMENTS ? n - at : BLOCK_ELEMENTS) * element;
+        IFKV_TRY(
+            ops->download(model->backend, block, (char *)view->data + (size_t)at * element, bytes));
+        IFKV_TRY(ops->sync(model->backend));
+        ifkv_digest_add(digest, block, bytes);
+    }
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_model_digest(const ifkv_model *model, uint64_t *digest_p) {
+    ifkv_digest *digest;
+    ifkv_status status;
+    IFKV_TRY(ifkv_digest_create(&digest));
+    void *block = malloc((size_t)BLOCK_ELEMENTS * sizeof(double));
+    if (!block) {
+        status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "model: out of memory for a block");
+        goto out;
+    }
+    const ifkv_view ends[] = {model->embed, model->final_norm, model->lm_head};
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++)
+        IFKV_TRY_GOTO(status, digest_view(model, &ends[i], block, digest), out);
+    for (int l = 0; l < model->config.n_layer; l++) {
+        const ifkv_layer_weights *w = &model->layer[l];
+        const ifkv_view views[] = {w->attention_norm, w->qkv,     w->q_norm, w->k_norm, w->o,
+                                   w->mlp_norm,       w->gate_up, w->down};
+        for (size_t i = 0; i < sizeof views / sizeof *views; i++)
+            IFKV_TRY_GOTO(status, digest_view(model, &views[i], block, digest), out);
+    }
+    *digest_p = ifkv_digest_value(digest);
+    status = IFKV_OK;
+out:
+    free(block);
+    ifkv_digest_destroy(digest);
     return status;
 }
 

@@ -49,6 +49,8 @@ ifkv_status ifkv_model_check(const char *model_dir, const ifkv_model_options *op
  * in the weights), RESOURCE. */
 ifkv_status ifkv_model_load(const char *model_dir, const ifkv_model_options *options,
                             ifkv_backend *backend, ifkv_model *model);
+/* XXH3-64 of all weights as they are resident.  Local.  Errors: RESOURCE, the back end's. */
+ifkv_status ifkv_model_digest(const ifkv_model *model, uint64_t *digest_p);
 void ifkv_model_fini(ifkv_model *model);
 
 #endif

@@ -94,6 +94,7 @@ static ifkv_status begin_slices(ifkv_session *session) {
 }
 
 ifkv_status ifkv_prefill_encode(ifkv_session *session) {
+    if (session->reuse.is_on) return ifkv_reuse_encode(session);
     ifkv_backend *backend = session->engine->backend;
     const int n_layer = session->engine->model.config.n_layer;
     ifkv_exchange *exchange = session->is_exact ? session->exchange : &session->chunk_exchange;

@@ -209,7 +209,9 @@ static ifkv_status list_encode_rows(ifkv_session *session) {
 
 void ifkv_session_spread_tokens(ifkv_session *session) {
     const ifkv_placement *placement = &session->placement;
-    const int64_t *kept = session->encode_stage + 2 * session->n_encoded;
+    for (int64_t i = 0; i < session->n_kept; i++)
+        session->kept_token[i] = session->token[session->cache_index[i]];
+    if (session->reuse.is_on) return; /* lists its rows when it knows which it must encode */
     for (int64_t i = 0, row = 0; i < placement->n_chunk; i++) {
         if (placement->rank[i] != session->engine->comm->rank) continue;
         const int64_t dropped = ifkv_placement_dropped(placement, i);
@@ -220,8 +222,6 @@ void ifkv_session_spread_tokens(ifkv_session *session) {
                (size_t)(n - dropped) * sizeof *session->token);
         row += n;
     }
-    for (int64_t i = 0; i < session->n_kept; i++)
-        session->kept_token[i] = session->encode_token[kept[i]];
 }
 
 static ifkv_status copy_given_selection(ifkv_session *session) {
@@ -420,6 +420,13 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     const char *rows = session->options.score_rows;
     if (rows && !strcmp(rows, "question")) session->options.score_rows = NULL;
     session->max_new = session->options.max_new;
+    /* an exact prefill makes other rows than a chunk's own */
+    session->reuse.is_on = session->options.store && strcmp(session->method, "full");
+    if (session->reuse.is_on)
+        IFKV_TRY(ifkv_struct_read(&session->reuse.store, sizeof session->reuse.store,
+                                  session->options.store, "store"));
+    IFKV_REQUIRE(!session->reuse.is_on || (session->reuse.store.load && session->reuse.store.save),
+                 IFKV_ERR_USAGE, IFKV_E_STRUCT, "store: got NULL for load or save");
     IFKV_TRY(check_request(&session->engine->model.config, &session->request, session->max_new));
     const ifkv_request *r = &session->request;
     session->n_context = r->n_prefix + r->chunk_offsets[r->n_chunk];
@@ -445,9 +452,9 @@ static ifkv_status digest_plan(ifkv_session *session) {
     add_text(digest, session->scores ? session->score_layers : "");
     add_text(digest, session->scores && options->score ? options->score : "l2");
     const int64_t number[] = {
-        session->n_context,        session->n_prompt,   session->n_question,
-        session->n_selected,       session->max_new,    session->scores != NULL,
-        options->selected != NULL, placement->n_prefix, placement->n_chunk};
+        session->n_context, session->n_prompt,       session->n_question,       session->n_selected,
+        session->max_new,   session->scores != NULL, options->selected != NULL, placement->n_prefix,
+        placement->n_chunk, session->reuse.is_on};
     for (size_t i = 0; i < sizeof number / sizeof *number; i++)
         ifkv_digest_add_u64(digest, (uint64_t)number[i]);
     for (int64_t i = 0; i < placement->n_chunk; i++) {
@@ -471,7 +478,9 @@ ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *r
     IFKV_TRY_GOTO(status, cut_chunks(session), err_destroy);
     IFKV_TRY_GOTO(status, place(session), err_destroy);
     IFKV_TRY_GOTO(status, list_tokens(session), err_destroy);
-    IFKV_TRY_GOTO(status, list_encode_rows(session), err_destroy);
+    IFKV_TRY_GOTO(status,
+                  session->reuse.is_on ? ifkv_reuse_plan(session) : list_encode_rows(session),
+                  err_destroy);
     IFKV_TRY_GOTO(status, plan_selection(session), err_destroy);
     IFKV_TRY_GOTO(status, plan_passes(session), err_destroy);
     IFKV_TRY_GOTO(status, digest_plan(session), err_destroy);
@@ -518,6 +527,7 @@ void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena) {
         session->exchange->ops->layout(session->exchange, arena);
     else
         layout_chunk_exchange(session, arena);
+    if (session->reuse.is_on) ifkv_reuse_layout(session, arena);
     ifkv_arena_reset(arena, mark);
     if (session->selector) session->selector->ops->layout(session->selector, arena);
     ifkv_arena_reset(arena, mark);
@@ -539,6 +549,7 @@ void ifkv_session_destroy(ifkv_session *session) {
     ifkv_pass_fini(&session->recompute);
     ifkv_pass_fini(&session->prompt);
     ifkv_placement_fini(&session->placement);
+    ifkv_reuse_fini(&session->reuse);
     void *const owned[] = {
         session->given_offsets, session->chunk_index,     session->token,
         session->question,      session->cache_index,     session->encode_begin,

@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "exchange.h"
+#include "reuse.h"
 #include "select.h"
 
 struct ifkv_session {
@@ -41,6 +42,8 @@ struct ifkv_session {
     int64_t *kept_row;              /* [n_kept] encode row of each shard row; back-end memory */
     ifkv_view encode_lse;           /* [n_encoded, n_head] written, never read */
     int64_t *encode_stage;          /* [3 * n_encoded] host */
+
+    ifkv_reuse reuse; /* where a chunk store is used: encode goes through it */
 
     /* Select and recompute; an exact method's exchange serves encode instead. */
     ifkv_selector *selector; /* NULL if nothing can be selected */

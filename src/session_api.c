@@ -39,6 +39,7 @@ static ifkv_status place(ifkv_engine *engine, const ifkv_request *request,
     ifkv_session *session = NULL;
     ifkv_status status = ifkv_session_create(engine, request, options, &session, &bytes);
     if (status == IFKV_OK) status = ifkv_engine_reserve(engine, bytes);
+    if (status == IFKV_OK && session->reuse.is_on) status = ifkv_engine_identify(engine);
     status = ifkv_comm_agree(engine->comm, status, NULL);
     if (status == IFKV_OK)
         status = ifkv_comm_same(engine->comm, (uint64_t)session->n_context, "context length");
@@ -87,6 +88,8 @@ ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
     };
     ifkv_backend *backend = engine->backend;
     ifkv_session *session = NULL;
+    /* outside the clock, as loading them is; an error shows again where the ranks agree */
+    if (options && options->size >= sizeof *options && options->store) ifkv_engine_identify(engine);
     IFKV_TRY(ifkv_comm_barrier(engine->comm));
     const double begin = backend->ops->clock_ms(backend);
     engine->comm->bytes_received = 0;
@@ -119,6 +122,7 @@ void ifkv_session_close(ifkv_session *session) {
 /* What differs between ranks: take the maximum, and of bytes also the sum. */
 static ifkv_status reduce_result(ifkv_session *session, ifkv_result *result) {
     ifkv_engine *engine = session->engine;
+    const ifkv_reuse *reuse = &session->reuse;
     int64_t value[2 * IFKV_N_STAGE + 3], total = 0;
     for (int i = 0; i < IFKV_N_STAGE; i++) {
         value[i] = (int64_t)(session->ms[i] * 1e6);
@@ -135,12 +139,17 @@ static ifkv_status reduce_result(ifkv_session *session, ifkv_result *result) {
     value[2 * IFKV_N_STAGE + 2] = used / n_shared;
     IFKV_TRY(ifkv_comm_all_reduce_i64(engine->comm, value, sizeof value / sizeof *value,
                                       IFKV_REDUCE_MAX));
-    IFKV_TRY(ifkv_comm_all_reduce_i64(engine->comm, &total, 1, IFKV_REDUCE_SUM));
+    int64_t sum[] = {total, reuse->n_hit, reuse->n_miss, reuse->n_row_hit};
+    IFKV_TRY(
+        ifkv_comm_all_reduce_i64(engine->comm, sum, sizeof sum / sizeof *sum, IFKV_REDUCE_SUM));
     for (int i = 0; i < IFKV_N_STAGE; i++) {
         result->ms[i] = (double)value[i] / 1e6;
         result->bytes[i] = value[IFKV_N_STAGE + i];
     }
-    result->bytes_total = total;
+    result->bytes_total = sum[0];
+    result->store_hits = sum[1];
+    result->store_misses = sum[2];
+    result->store_tokens_hit = sum[3];
     result->ttft_ms = (double)value[2 * IFKV_N_STAGE] / 1e6;
     result->memory_weights = engine->model.bytes;
     result->memory_planned = (size_t)value[2 * IFKV_N_STAGE + 1];
@@ -170,6 +179,7 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .answer = session->answer,
         .n_answer = session->n_answer,
         .score_layers = session->score_layers,
+        .has_store = session->reuse.is_on,
     };
     IFKV_TRY(reduce_result(session, &result));
     return ifkv_struct_write(caller_result, &result, sizeof result, "result");

@@ -25,6 +25,11 @@ static inline size_t ifkv_dtype_bytes(ifkv_dtype dtype) {
     return dtype == IFKV_DTYPE_F64 ? 8 : dtype == IFKV_DTYPE_F32 ? 4 : 2;
 }
 
+static inline const char *ifkv_dtype_name(ifkv_dtype dtype) {
+    static const char *const names[] = {"float32", "float64", "bfloat16", "float16"};
+    return names[dtype];
+}
+
 typedef struct ifkv_view {
     void *data; /* views, in the back end's memory */
     ifkv_dtype dtype;

@@ -33,11 +33,11 @@ level() {
     ifkv.h | status.h | error_codes.h | log.h) echo 0 ;;
     tensor.h | placement.h | config.h | config_*.h | rope.h | file.h | json.h | digest.h | convert.h | guard.h) echo 1 ;;
     backend.h | arena.h | comm.h | cpu_*.h | mpi_check.h) echo 2 ;;
-    h5.h | h5_file.h | safetensors*.h | model.h | model_check.h | weights.h | weights_random.h | request.h | kvcache.h | publish.h | manifest.h) echo 3 ;;
+    h5.h | h5_file.h | safetensors*.h | model.h | model_check.h | store*.h | weights.h | weights_random.h | request.h | kvcache.h | publish.h | manifest.h) echo 3 ;;
     exchange.h | exchange_owned.h) echo 4 ;;
     layer.h) echo 5 ;;
     select.h | engine.h) echo 6 ;;
-    session.h | prefill.h | output*.h) echo 7 ;;
+    reuse.h | session.h | prefill.h | output*.h) echo 7 ;;
     cli.h | *) echo 8 ;;
     esac
 }
@@ -50,6 +50,7 @@ own_header() {
     request_*.c) echo request.h ;;
     safetensors_*.c) echo safetensors.h ;;
     config_*.c) echo config.h ;;
+    store_*.c) echo store.h ;;
     output_*.c) echo output.h ;;
     *.c) echo "${1%.c}.h" ;;
     *) echo "$1" ;;

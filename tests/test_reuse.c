@@ -1,0 +1,306 @@
+/* Prefill with a chunk store (I6, I26), the store being a list in memory: what is found in it
+ * changes no bit, whatever it gives.  Ranks are threads and share the store. */
+#include "tiny.h"
+
+#include "model_files.h"
+#include "status.h"
+
+#include <threads.h>
+
+static const int sizes[] = {1, 2, 3, 5};
+enum { N_SIZE = sizeof sizes / sizeof *sizes, MAX_ENTRY = 64 };
+
+typedef struct memory_entry {
+    char key[33];
+    int64_t n_token;
+    char *data; /* [n_layer, 2, layer_bytes] */
+} memory_entry;
+
+typedef struct memory_store {
+    mtx_t lock;
+    memory_entry entry[MAX_ENTRY];
+    int n_entry, n_load, n_save;
+    int n_layer_given; /* stop behind so many layers and call it damaged; 0: never */
+    bool is_forgetful; /* of every other entry */
+} memory_store;
+
+static size_t bytes_of(const ifkv_store_entry *entry) {
+    return (size_t)(entry->n_row * entry->n_kv_head * entry->d_head) * entry->element_bytes;
+}
+
+static int find(const memory_store *memory, const char *key) {
+    int i = 0;
+    while (i < memory->n_entry && strcmp(memory->entry[i].key, key)) i++;
+    return i;
+}
+
+static bool memory_load(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn take,
+                        void *take_arg) {
+    memory_store *memory = arg;
+    const size_t bytes = bytes_of(entry);
+    mtx_lock(&memory->lock);
+    const int i = find(memory, entry->key);
+    bool is_there = i < memory->n_entry && !(memory->is_forgetful && i % 2);
+    const int n = memory->n_layer_given ? memory->n_layer_given : entry->n_layer;
+    char *data = is_there ? malloc(2 * bytes) : NULL;
+    for (int layer = 0; layer < n && is_there; layer++) {
+        memcpy(data, memory->entry[i].data + 2 * (size_t)layer * bytes, 2 * bytes);
+        if (memory->n_layer_given) memset(data, 0x7f, 2 * bytes);
+        is_there = take(take_arg, layer, data, data + bytes);
+    }
+    free(data);
+    is_there = is_there && !memory->n_layer_given;
+    memory->n_load += is_there;
+    mtx_unlock(&memory->lock);
+    return is_there;
+}
+
+static void memory_save(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn give,
+                        void *give_arg) {
+    memory_store *memory = arg;
+    const size_t bytes = bytes_of(entry);
+    mtx_lock(&memory->lock);
+    const int i = find(memory, entry->key);
+    if (i == memory->n_entry && i < MAX_ENTRY) memory->n_entry++;
+    if (i < MAX_ENTRY) {
+        memory_entry *to = &memory->entry[i];
+        memcpy(to->key, entry->key, sizeof to->key);
+        to->n_token = entry->n_token;
+        if (!to->data) to->data = malloc(2 * bytes * (size_t)entry->n_layer);
+        for (int layer = 0; layer < entry->n_layer; layer++) {
+            char *at = to->data + 2 * (size_t)layer * bytes;
+            give(give_arg, layer, at, at + bytes);
+        }
+        memory->n_save++;
+    }
+    mtx_unlock(&memory->lock);
+}
+
+static memory_store memory;
+static ifkv_store store;
+static uint64_t seed;
+static char *dir, *model;
+static tiny_request request;
+static const tiny_shape *shape = &tiny_shapes[3]; /* per-head norm, three query heads a K/V head */
+enum { N_PREFIX = 2, N_CHUNK = 5 };
+
+static void empty(void) {
+    for (int i = 0; i < memory.n_entry; i++) free(memory.entry[i].data);
+    mtx_t lock = memory.lock;
+    memory = (memory_store){.lock = lock};
+}
+
+static int set_up(void **state) {
+    if (dir_setup(state) || mtx_init(&memory.lock, mtx_plain) != thrd_success) return -1;
+    dir = *state;
+    model = tiny_model(dir, shape, -1);
+    request = tiny_request_make(&seed, shape->n_vocab, N_PREFIX, N_CHUNK,
+                                (int64_t[]){17, 1, 40, 5, 33}, 4, 3);
+    store = (ifkv_store){sizeof store, &memory, memory_load, memory_save};
+    return 0;
+}
+
+static int tear_down(void **state) {
+    empty();
+    mtx_destroy(&memory.lock);
+    tiny_request_fini(&request);
+    free(model);
+    return dir_teardown(state);
+}
+
+static tiny_run prefill(int size, const ifkv_store *with, const char *method, uint64_t weights) {
+    tiny_run run = {.model = model,
+                    .weight_seed = weights,
+                    .request = &request.request,
+                    .options = {.method = method, .ratio = "0.3", .max_new = 4, .store = with}};
+    assert_ok(tiny_run_on(size, &run));
+    return run;
+}
+
+/* Logits of the prompt depend on the dealing of its rows, hence on the number of ranks, in their
+ * last bits (I12): they are compared where that number is the same. */
+static void assert_same(const tiny_run *got, const tiny_run *want, bool has_same_size) {
+    if (has_same_size) {
+        assert_true(tiny_same_rows(got, want));
+        assert_memory_equal(got->logits, want->logits,
+                            (size_t)want->n_vocab * sizeof *want->logits);
+    }
+    assert_within(tiny_rows_error(got, want, 0, want->n_context), TINY_TOLERANCE);
+    assert_true(got->selected_digest == want->selected_digest);
+    assert_memory_equal(got->scores, want->scores, (size_t)want->n_context * sizeof *want->scores);
+    assert_int_equal(got->n_answer, want->n_answer);
+    assert_memory_equal(got->answer, want->answer, (size_t)want->n_answer * sizeof *want->answer);
+}
+
+static void i26_cold_warm_and_mixed_are_the_same_bits(void **state) {
+    (void)state;
+    tiny_run first = {0};
+    for (int s = 0; s < N_SIZE; s++) {
+        empty();
+        tiny_run cold = prefill(sizes[s], &store, "infoflow", 7);
+        assert_int_equal(memory.n_entry, N_CHUNK + 1);
+        tiny_run warm = prefill(sizes[s], &store, "infoflow", 7);
+        assert_int_equal(memory.n_load, N_CHUNK + 1);
+        memory.is_forgetful = true;
+        tiny_run mixed = prefill(sizes[s], &store, "infoflow", 7);
+        memory.is_forgetful = false;
+        assert_int_equal(memory.n_load, N_CHUNK + 1 + (N_CHUNK + 1) / 2);
+        assert_same(&warm, &cold, true);
+        assert_same(&mixed, &cold, true);
+        if (s == 0) first = cold;
+        if (s > 0) assert_same(&cold, &first, false);
+        tiny_run_fini(&warm);
+        tiny_run_fini(&mixed);
+        if (s > 0) tiny_run_fini(&cold);
+    }
+    tiny_run_fini(&first);
+}
+
+static void i26_an_entry_of_other_ranks_is_the_same_bits(void **state) {
+    (void)state;
+    empty();
+    tiny_run cold = prefill(3, &store, "none", 7);
+    for (int s = 0; s < N_SIZE; s++) {
+        tiny_run warm = prefill(sizes[s], &store, "none", 7);
+        assert_true(tiny_same_rows(&warm, &cold));
+        tiny_run_fini(&warm);
+    }
+    assert_int_equal(memory.n_load, N_SIZE * (N_CHUNK + 1));
+    tiny_run_fini(&cold);
+}
+
+static void i06_with_a_store_agrees_with_without(void **state) {
+    (void)state;
+    for (int s = 0; s < N_SIZE; s++) {
+        empty();
+        tiny_run without = prefill(sizes[s], NULL, "none", 7);
+        for (int warm = 0; warm < 2; warm++) {
+            tiny_run with = prefill(sizes[s], &store, "none", 7);
+            assert_within(tiny_rows_error(&with, &without, 0, with.n_context), TINY_TOLERANCE);
+            assert_within(tiny_error(with.logits, without.logits, with.n_vocab), TINY_TOLERANCE);
+            tiny_run_fini(&with);
+        }
+        tiny_run_fini(&without);
+    }
+}
+
+static void i26_what_a_damaged_entry_gave_is_written_over(void **state) {
+    (void)state;
+    empty();
+    tiny_run cold = prefill(2, &store, "infoflow", 7);
+    for (int n = 1; n <= shape->n_layer; n++) {
+        memory.n_layer_given = n;
+        tiny_run run = prefill(2, &store, "infoflow", 7);
+        assert_same(&run, &cold, true);
+        tiny_run_fini(&run);
+    }
+    memory.n_layer_given = 0;
+    assert_int_equal(memory.n_load, 0);
+    tiny_run_fini(&cold);
+}
+
+static void i26_a_document_is_found_at_any_position(void **state) {
+    (void)state;
+    empty();
+    tiny_run cold = prefill(1, &store, "none", 7);
+    /* the same documents, last first: only the order differs */
+    tiny_request turned = {0};
+    turned.offset = malloc((N_CHUNK + 1) * sizeof *turned.offset);
+    turned.token = malloc((size_t)request.n_context * sizeof *turned.token);
+    assert_true(turned.offset && turned.token);
+    turned.offset[0] = 0;
+    for (int i = 0; i < N_CHUNK; i++) {
+        const int from = N_CHUNK - 1 - i;
+        const int64_t n = request.offset[from + 1] - request.offset[from];
+        memcpy(turned.token + turned.offset[i], request.request.chunk_tokens + request.offset[from],
+               (size_t)n * sizeof(int32_t));
+        turned.offset[i + 1] = turned.offset[i] + n;
+    }
+    turned.request = request.request;
+    turned.request.chunk_tokens = turned.token;
+    turned.request.chunk_offsets = turned.offset;
+    tiny_run run[2];
+    for (int warm = 0; warm < 2; warm++) {
+        if (warm == 0) empty();
+        run[warm] = (tiny_run){.model = model,
+                               .weight_seed = 7,
+                               .request = &turned.request,
+                               .options = {.method = "none", .store = &store}};
+        if (warm == 1) {
+            empty();
+            tiny_run other = prefill(1, &store, "none", 7);
+            tiny_run_fini(&other);
+        }
+        assert_ok(tiny_run_on(2, &run[warm]));
+    }
+    assert_int_equal(memory.n_load, N_CHUNK + 1);
+    assert_true(tiny_same_rows(&run[1], &run[0]));
+    tiny_run_fini(&run[0]);
+    tiny_run_fini(&run[1]);
+    tiny_run_fini(&cold);
+    tiny_request_fini(&turned);
+}
+
+static void i26_other_weights_and_prefixes_are_never_served(void **state) {
+    (void)state;
+    empty();
+    tiny_run one = prefill(2, &store, "none", 7), two = prefill(2, &store, "none", 8);
+    const int32_t id = request.token[N_PREFIX - 1];
+    request.token[N_PREFIX - 1] = (id + 1) % shape->n_vocab;
+    tiny_run other_prefix = prefill(2, &store, "none", 7);
+    request.token[N_PREFIX - 1] = id;
+    assert_int_equal(memory.n_load, 0);
+    assert_int_equal(memory.n_entry, 3 * (N_CHUNK + 1));
+    tiny_run_fini(&one);
+    tiny_run_fini(&two);
+    tiny_run_fini(&other_prefix);
+}
+
+static void rows_of_an_exact_prefill_are_never_kept(void **state) {
+    (void)state;
+    empty();
+    tiny_run full = prefill(2, &store, "full", 7);
+    assert_int_equal(memory.n_entry, 0);
+    tiny_run_fini(&full);
+}
+
+static ifkv_status count_entries(ifkv_session *session) {
+    ifkv_result result = {.size = sizeof result};
+    IFKV_TRY(ifkv_session_result(session, &result));
+    const int64_t n = memory.n_load ? N_CHUNK + 1 : 0;
+    IFKV_REQUIRE(result.has_store && result.store_hits == n &&
+                     result.store_hits + result.store_misses == N_CHUNK + 1 &&
+                     result.store_tokens_hit == (n ? result.n_context : 0),
+                 IFKV_ERR_UNEXPECTED, 0, "hits %lld, misses %lld, tokens %lld",
+                 (long long)result.store_hits, (long long)result.store_misses,
+                 (long long)result.store_tokens_hit);
+    return IFKV_OK;
+}
+
+static void counts_are_summed_over_ranks(void **state) {
+    (void)state;
+    empty();
+    for (int warm = 0; warm < 2; warm++) {
+        tiny_run run = {.model = model,
+                        .request = &request.request,
+                        .options = {.method = "none", .store = &store},
+                        .after = count_entries};
+        assert_ok(tiny_run_on(3, &run));
+        tiny_run_fini(&run);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(i26_cold_warm_and_mixed_are_the_same_bits),
+        cmocka_unit_test(i26_an_entry_of_other_ranks_is_the_same_bits),
+        cmocka_unit_test(i06_with_a_store_agrees_with_without),
+        cmocka_unit_test(i26_what_a_damaged_entry_gave_is_written_over),
+        cmocka_unit_test(i26_a_document_is_found_at_any_position),
+        cmocka_unit_test(i26_other_weights_and_prefixes_are_never_served),
+        cmocka_unit_test(rows_of_an_exact_prefill_are_never_kept),
+        cmocka_unit_test(counts_are_summed_over_ranks),
+    };
+    seed = tiny_seed();
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}
