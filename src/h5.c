@@ -175,11 +175,23 @@ static hid_t bool_type_create(void) {
     return type;
 }
 
+/* Sign 15, exponent 8 at 7, mantissa 7 at 0: what HDF5 2.0 calls H5T_FLOAT_BFLOAT16LE, and what
+ * h5py reads as float32. */
+static hid_t bf16_type_create(void) {
+    const hid_t type = H5Tcopy(H5T_IEEE_F32LE);
+    H5Tset_fields(type, 15, 7, 8, 0, 7);
+    H5Tset_precision(type, 16);
+    H5Tset_size(type, 2);
+    H5Tset_ebias(type, 127);
+    return type;
+}
+
 /* The type in the file; equal to the one in memory on a little-endian machine, so that HDF5
  * converts nothing.  The caller closes it. */
 static hid_t file_type_create(ifkv_h5_type type) {
     switch (type) {
     case IFKV_H5_F32: return H5Tcopy(H5T_IEEE_F32LE);
+    case IFKV_H5_BF16: return bf16_type_create();
     case IFKV_H5_I32: return H5Tcopy(H5T_STD_I32LE);
     case IFKV_H5_I64: return H5Tcopy(H5T_STD_I64LE);
     default: return bool_type_create();
@@ -189,6 +201,7 @@ static hid_t file_type_create(ifkv_h5_type type) {
 hid_t ifkv_h5_memory_type_create(ifkv_h5_type type) {
     switch (type) {
     case IFKV_H5_F32: return H5Tcopy(H5T_NATIVE_FLOAT);
+    case IFKV_H5_BF16: return bf16_type_create();
     case IFKV_H5_I32: return H5Tcopy(H5T_NATIVE_INT32);
     case IFKV_H5_I64: return H5Tcopy(H5T_NATIVE_INT64);
     default: return bool_type_create();

@@ -1,6 +1,6 @@
 /* HDF5 files: the only module that includes hdf5.h.
  *
- * Owns opening, creating and closing, datasets of the five element types that ifkv stores, scalar
+ * Owns opening, creating and closing, datasets of the element types that ifkv stores, scalar
  * attributes, and the checks that make a file from elsewhere readable at all: hard links only, no
  * external or virtual storage, no filter but fletcher32, shuffle and deflate, sizes bounded by what
  * is stored.  Refuses to know what the files mean.  HDF5's own error printing is off from open to
@@ -20,6 +20,7 @@ typedef struct ifkv_h5 ifkv_h5;
 
 typedef enum ifkv_h5_type {
     IFKV_H5_F32,
+    IFKV_H5_BF16, /* uint16_t in memory: the upper half of a float32 */
     IFKV_H5_I32,
     IFKV_H5_I64,
     IFKV_H5_BOOL, /* uint8_t in memory; an enum of int8 in the file, as h5py writes booleans */

@@ -123,6 +123,15 @@ static const char *class_name(H5T_class_t class) {
     }
 }
 
+static bool is_bf16(hid_t type) {
+    size_t sign, exponent, n_exponent, mantissa, n_mantissa;
+    return H5Tget_class(type) == H5T_FLOAT && H5Tget_size(type) == 2 &&
+           H5Tget_order(type) == H5T_ORDER_LE &&
+           H5Tget_fields(type, &sign, &exponent, &n_exponent, &mantissa, &n_mantissa) >= 0 &&
+           sign == 15 && exponent == 7 && n_exponent == 8 && mantissa == 0 && n_mantissa == 7 &&
+           H5Tget_ebias(type) == 127;
+}
+
 static void describe_type(hid_t type, ifkv_h5_dataset *dataset) {
     const H5T_class_t class = H5Tget_class(type);
     const size_t bytes = H5Tget_size(type);
@@ -131,6 +140,7 @@ static void describe_type(hid_t type, ifkv_h5_dataset *dataset) {
     const bool is_big = is_number && H5Tget_order(type) == H5T_ORDER_BE;
     dataset->type = IFKV_H5_OTHER;
     if (class == H5T_FLOAT && bytes == 4) dataset->type = IFKV_H5_F32;
+    if (is_bf16(type)) dataset->type = IFKV_H5_BF16;
     if (class == H5T_INTEGER && bytes == 4 && !is_unsigned) dataset->type = IFKV_H5_I32;
     if (class == H5T_INTEGER && bytes == 8 && !is_unsigned) dataset->type = IFKV_H5_I64;
     if (class == H5T_ENUM && bytes == 1) dataset->type = IFKV_H5_BOOL;

@@ -65,6 +65,24 @@ static void rows_come_back_from_the_middle(void **state) {
     ifkv_h5_close(file);
 }
 
+static void bfloat16_keeps_its_bits_and_is_known_again(void **state) {
+    (void)state;
+    static uint16_t written[1 << 16], read[1 << 16]; /* every value there is */
+    const int64_t dim[] = {1 << 15, 2};
+    ifkv_h5_dataset dataset;
+    ifkv_h5 *file;
+    for (int i = 0; i < 1 << 16; i++) written[i] = (uint16_t)i;
+    assert_ok(ifkv_h5_create(fixture_path(dir, "b.h5"), &file));
+    assert_ok(ifkv_h5_dataset_write(file, "/b", IFKV_H5_BF16, 2, dim, written));
+    assert_ok(ifkv_h5_finish(file));
+    file = open_file(fixture_path(dir, "b.h5"));
+    assert_ok(ifkv_h5_dataset_describe(file, "/b", &dataset));
+    assert_int_equal(dataset.type, IFKV_H5_BF16);
+    assert_ok(ifkv_h5_rows_read(file, "/b", IFKV_H5_BF16, 0, 1 << 15, read));
+    assert_memory_equal(read, written, sizeof read);
+    ifkv_h5_close(file);
+}
+
 static void blocks_are_256_rows_nearest_a_mebibyte(void **state) {
     (void)state;
     ifkv_h5_dataset dataset;
@@ -296,6 +314,7 @@ int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, make_dir, remove_dir)
     const struct CMUnitTest tests[] = {
         TEST(rows_come_back_from_the_middle),
+        TEST(bfloat16_keeps_its_bits_and_is_known_again),
         TEST(blocks_are_256_rows_nearest_a_mebibyte),
         TEST(attributes_come_back),
         TEST(a_file_is_never_created_over_another),
