@@ -45,6 +45,7 @@ enum {
     IFKV_E_OUT_LOCKED = 703, /* another job writes there */
     IFKV_E_OUT_EXISTS = 704, /* results of another run are there */
     IFKV_E_OUT_VERIFY = 705, /* stored data does not match its digest */
+    IFKV_E_STORE = 706,      /* an entry of the chunk store is missing, damaged or not kept */
     /* 08xx ranks */
     IFKV_E_COMM = 801,        /* communicator unknown, not built or failed */
     IFKV_E_COMM_PEER = 802,   /* another rank failed */

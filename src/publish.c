@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #define TMP_DIR ".tmp"
@@ -124,6 +125,19 @@ static void empty_dir(const char *path) {
     closedir(dir);
 }
 
+static void remove_stale(const char *path) {
+    struct stat st;
+    struct timespec now;
+    DIR *dir = opendir(path);
+    if (!dir) return;
+    clock_gettime(CLOCK_REALTIME, &now);
+    for (struct dirent *entry; (entry = readdir(dir));)
+        if (fstatat(dirfd(dir), entry->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+            S_ISREG(st.st_mode) && st.st_mtim.tv_sec < now.tv_sec - IFKV_PUBLISH_STALE_SECONDS)
+            unlinkat(dirfd(dir), entry->d_name, 0);
+    closedir(dir);
+}
+
 /* Create, write and sync a file of one byte: what cannot be done now is told before hours of work.
  */
 static ifkv_status probe_dir(const char *dir) {
@@ -159,6 +173,19 @@ err_unlock:
 out:
     free(tmp);
     free(path);
+    return status;
+}
+
+ifkv_status ifkv_publish_share(const char *dir) {
+    char *tmp = NULL;
+    IFKV_TRY(make_dir(dir));
+    IFKV_TRY(join(dir, TMP_DIR, &tmp));
+    ifkv_status status = make_dir(tmp);
+    if (status == IFKV_OK) {
+        remove_stale(tmp);
+        status = probe_dir(dir);
+    }
+    free(tmp);
     return status;
 }
 

@@ -20,6 +20,11 @@
 ifkv_status ifkv_publish_lock(const char *dir, int *lock_p);
 void ifkv_publish_unlock(const char *dir, int lock);
 
+/* The same for a directory that many jobs fill at once: no lock, and DIR/.tmp loses only what
+ * nobody has written to for IFKV_PUBLISH_STALE_SECONDS. */
+enum { IFKV_PUBLISH_STALE_SECONDS = 3600 };
+ifkv_status ifkv_publish_share(const char *dir);
+
 /* Path under DIR/.tmp for a file that is to become DIR/name; the caller frees it.  Nothing is
  * created. */
 ifkv_status ifkv_publish_path(const char *dir, const char *name, int rank, char **tmp_p);
