@@ -8,11 +8,12 @@
 
 #include "ifkv.h"
 #include "request.h"
+#include "store.h"
 
 typedef struct cli_options {
     const char *model, *requests, *out, *run;
     const char *method, *ratio, *exchange, *score, *score_rows, *score_layers, *placement;
-    const char *backend, *comm;
+    const char *backend, *comm, *store, *store_size;
     int64_t chunk, max_new, ranks, threads;
     uint64_t seed, random_weights;
     bool has_random_weights, has_chunk;
@@ -38,7 +39,8 @@ enum {
     CLI_METHOD = 4,
     CLI_OUTPUT = 8,
     CLI_RANKS = 16,
-    CLI_TALK = 32
+    CLI_TALK = 32,
+    CLI_STORE = 64
 };
 
 extern const cli_command cli_commands[];
@@ -61,6 +63,7 @@ ifkv_status cli_prefill(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_check(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_verify(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_inspect(ifkv_comm *comm, const cli_options *options);
+ifkv_status cli_store(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_version(ifkv_comm *comm, const cli_options *options);
 
 /* Shared by commands. */
@@ -70,11 +73,17 @@ ifkv_status cli_version(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_requests_load(ifkv_comm *comm, const char *path, int64_t n_vocab,
                               ifkv_request_list **list_p);
 ifkv_engine_options cli_engine_options(const cli_options *options, bool check_only);
-ifkv_prefill_options cli_prefill_options(const cli_options *options, const ifkv_request_item *item);
+/* store: of this rank, or NULL. */
+ifkv_prefill_options cli_prefill_options(const cli_options *options, const ifkv_request_item *item,
+                                         const ifkv_store *store);
 /* Plan every request, naming file and line of one that does not fit; *bytes_p is the largest plan.
  * Local. */
 ifkv_status cli_requests_plan(ifkv_engine *engine, const cli_options *options,
-                              const ifkv_request_list *list, size_t *bytes_p);
+                              const ifkv_request_list *list, const ifkv_store *store,
+                              size_t *bytes_p);
+/* Open --store on every rank; *store_p is NULL without one.  Ranks of one process share it.
+ * Collective. */
+ifkv_status cli_store_open(ifkv_comm *comm, const cli_options *options, ifkv_chunk_store **store_p);
 
 /* A line on standard error that is rewritten as work goes on; on a terminal only, and never under a
  * launcher. */

@@ -55,6 +55,10 @@ static const option table[] = {
     {"max-new", KIND_COUNT, CLI_METHOD, AT(max_new), 0, INT32_MAX, "N", "32",
      "generated tokens at most; 0: prefill only"},
     {"seed", KIND_SEED, CLI_METHOD, AT(seed), 0, 0, "S", "0", "of method random"},
+    {"store", KIND_TEXT, CLI_STORE, AT(store), 0, 0, "DIR", NULL,
+     "keep the K/V of chunks there and use those found, at any place of any request"},
+    {"store-size", KIND_TEXT, CLI_STORE, AT(store_size), 0, 0, "BYTES", "0",
+     "largest size of DIR: N, NK, NM, NG or NT (powers of 1024); 0: no bound"},
     {"out", KIND_TEXT, CLI_OUTPUT, AT(out), 0, 0, "DIR", NULL,
      "results.jsonl, one .h5 a request, manifest.jsonl"},
     {"save-kv", KIND_FLAG, CLI_OUTPUT, AT(save_kv), 0, 0, NULL, NULL, "write every rank's K/V"},
@@ -337,8 +341,9 @@ void cli_help(const cli_command *command) {
         unsigned set;
         const char *title;
     } groups[] = {
-        {CLI_MODEL, "Model"},   {CLI_REQUESTS, "Input"},         {CLI_METHOD, "Method"},
-        {CLI_OUTPUT, "Output"}, {CLI_RANKS, "Ranks and device"}, {CLI_TALK, "Talk"},
+        {CLI_MODEL, "Model"},       {CLI_REQUESTS, "Input"}, {CLI_METHOD, "Method"},
+        {CLI_STORE, "Chunk store"}, {CLI_OUTPUT, "Output"},  {CLI_RANKS, "Ranks and device"},
+        {CLI_TALK, "Talk"},
     };
     if (!command) {
         printf("ifkv %s: sequence-parallel prefill of long contexts\n\nusage: ifkv COMMAND "

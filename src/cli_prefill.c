@@ -24,8 +24,8 @@ ifkv_engine_options cli_engine_options(const cli_options *options, bool check_on
     };
 }
 
-ifkv_prefill_options cli_prefill_options(const cli_options *options,
-                                         const ifkv_request_item *item) {
+ifkv_prefill_options cli_prefill_options(const cli_options *options, const ifkv_request_item *item,
+                                         const ifkv_store *store) {
     ifkv_prefill_options prefill = {
         .size = sizeof prefill,
         .method = options->method,
@@ -39,6 +39,7 @@ ifkv_prefill_options cli_prefill_options(const cli_options *options,
         .max_new = options->max_new,
         .seed = options->seed,
         .keep_scores = options->save_scores,
+        .store = store,
     };
     if (item && item->max_new >= 0) prefill.max_new = item->max_new;
     if (item && item->is_context && !options->chunk) prefill.chunk = CONTEXT_CHUNK;
@@ -75,11 +76,12 @@ out:
 }
 
 ifkv_status cli_requests_plan(ifkv_engine *engine, const cli_options *options,
-                              const ifkv_request_list *list, size_t *bytes_p) {
+                              const ifkv_request_list *list, const ifkv_store *store,
+                              size_t *bytes_p) {
     size_t most = 0;
     for (int64_t i = 0; i < list->n; i++) {
         const ifkv_request_item *item = &list->item[i];
-        const ifkv_prefill_options prefill = cli_prefill_options(options, item);
+        const ifkv_prefill_options prefill = cli_prefill_options(options, item, store);
         size_t bytes = 0;
         const ifkv_status status = ifkv_engine_plan(engine, &item->request, &prefill, &bytes);
         if (status != IFKV_OK) {
@@ -130,7 +132,17 @@ static void print_head(const ifkv_result *result) {
     printf("%-24s %8s %8s", "# request", "tokens", "selected");
     for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++)
         printf(" %9s", ifkv_stage_name((ifkv_stage)stage));
-    printf(" %9s %9s %6s %9s\n", "ttft", "decode", "answer", "MB moved");
+    printf(" %9s %9s %6s %9s%s\n", "ttft", "decode", "answer", "MB moved",
+           result->has_store ? "   store" : "");
+}
+
+/* Cold, warm, or the share of the context that was found. */
+static void print_store(const ifkv_result *result) {
+    if (!result->has_store) return;
+    if (result->store_hits > 0 && result->store_misses > 0)
+        printf(" %6.1f%%", 100.0 * (double)result->store_tokens_hit / (double)result->n_context);
+    else
+        printf(" %7s", result->store_hits > 0 ? "warm" : "cold");
 }
 
 static void print_row(const ifkv_request_item *item, const ifkv_result *result) {
@@ -138,8 +150,10 @@ static void print_row(const ifkv_request_item *item, const ifkv_result *result) 
     printf("%-24.24s %8lld %8lld", ifkv_quote(item->id, strlen(item->id), shown),
            (long long)(result->n_context + result->n_prompt), (long long)result->n_selected);
     for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++) printf(" %9.1f", result->ms[stage]);
-    printf(" %9.1f %9.1f %6lld %9.2f\n", result->ttft_ms, result->ms[IFKV_STAGE_DECODE],
+    printf(" %9.1f %9.1f %6lld %9.2f", result->ttft_ms, result->ms[IFKV_STAGE_DECODE],
            (long long)result->n_answer, (double)result->bytes_total / 1e6);
+    print_store(result);
+    putchar('\n');
     fflush(stdout);
 }
 
@@ -165,7 +179,8 @@ typedef struct prefill_run {
     const cli_options *options;
     ifkv_request_list *list;
     ifkv_engine *engine;
-    ifkv_output *output; /* rank 0 */
+    ifkv_output *output;     /* rank 0 */
+    ifkv_chunk_store *store; /* NULL: none */
     ifkv_output_options output_options;
     uint64_t fingerprint;
     uint8_t *is_done; /* [list->n] by an earlier run */
@@ -189,7 +204,9 @@ static ifkv_status validate(prefill_run *run, size_t *bytes_p, ifkv_engine **eng
     if (!run->options->requests) return IFKV_OK;
     IFKV_TRY(cli_requests_load(run->comm, run->options->requests, info.n_vocab, &run->list));
     return ifkv_comm_agree(run->comm,
-                           cli_requests_plan(*engine_p, run->options, run->list, bytes_p), NULL);
+                           cli_requests_plan(*engine_p, run->options, run->list,
+                                             ifkv_chunk_store_table(run->store), bytes_p),
+                           NULL);
 }
 
 static const char *or_default(const char *value, const char *initial) {
@@ -205,7 +222,7 @@ static ifkv_status open_output(prefill_run *run) {
     snprintf(run->what, sizeof run->what,
              "method=%s;ratio=%s;exchange=%s;chunk=%lld;score=%s;score_rows=%s;score_layers=%s;max_"
              "new=%lld;seed=%llu;"
-             "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d",
+             "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d%s",
              or_default(o->method, "infoflow"), or_default(o->ratio, "0.15"),
              or_default(o->exchange, "auto"), (long long)o->chunk, or_default(o->score, "l2"),
              or_default(o->score_rows, "question"), or_default(o->score_layers, "published"),
@@ -213,7 +230,8 @@ static ifkv_status open_output(prefill_run *run) {
              o->has_random_weights ? "random-" : "file-", (unsigned long long)o->random_weights,
              or_default(o->backend, "auto"),
              is_rank_bound || o->save_kv ? ifkv_comm_size(run->comm) : 0, o->save_kv,
-             o->save_logits, o->save_scores);
+             o->save_logits, o->save_scores,
+             o->store ? ";store=1" : ""); /* what is in it changes nothing, that it is used does */
     run->output_options = (ifkv_output_options){
         .dir = o->out,
         .mode = o->resume      ? IFKV_OUTPUT_RESUME
@@ -275,7 +293,8 @@ static ifkv_status save_kv(prefill_run *run, ifkv_session *session, const ifkv_r
 
 static ifkv_status run_session(prefill_run *run, int64_t i, bool is_first, uint64_t *digest) {
     const ifkv_request_item *item = &run->list->item[i];
-    ifkv_prefill_options options = cli_prefill_options(run->options, item);
+    ifkv_prefill_options options =
+        cli_prefill_options(run->options, item, ifkv_chunk_store_table(run->store));
     run->progress.id = item->id;
     run->progress.i_request = i;
     options.progress = cli_progress_show;
@@ -328,12 +347,13 @@ static void run_fini(prefill_run *run) {
     ifkv_output_close(run->output);
     ifkv_engine_close(run->engine);
     ifkv_requests_free(run->list);
+    ifkv_chunk_store_close(run->store);
     free(run->is_done);
 }
 
 ifkv_status cli_prefill(ifkv_comm *comm, const cli_options *options) {
     prefill_run run = {.comm = comm, .options = options};
-    const ifkv_prefill_options prefill = cli_prefill_options(options, NULL);
+    const ifkv_prefill_options prefill = cli_prefill_options(options, NULL, NULL);
     ifkv_engine *checked = NULL;
     size_t bytes = 0;
     ifkv_status status = require_option(options->model, "model");
@@ -341,7 +361,8 @@ ifkv_status cli_prefill(ifkv_comm *comm, const cli_options *options) {
     if (status == IFKV_OK) status = require_option(options->out, "out");
     if (status == IFKV_OK) status = ifkv_prefill_options_check(&prefill);
     IFKV_TRY(ifkv_comm_agree(comm, status, NULL));
-    status = validate(&run, &bytes, &checked);
+    status = cli_store_open(comm, options, &run.store);
+    if (status == IFKV_OK) status = validate(&run, &bytes, &checked);
     if (status == IFKV_OK) status = open_output(&run);
     ifkv_engine_close(checked);
     if (status == IFKV_OK) status = load_and_run(&run, bytes);
@@ -353,13 +374,14 @@ ifkv_status cli_prefill(ifkv_comm *comm, const cli_options *options) {
 
 ifkv_status cli_check(ifkv_comm *comm, const cli_options *options) {
     prefill_run run = {.comm = comm, .options = options};
-    const ifkv_prefill_options prefill = cli_prefill_options(options, NULL);
+    const ifkv_prefill_options prefill = cli_prefill_options(options, NULL, NULL);
     ifkv_engine *engine = NULL;
     ifkv_model_info info = {.size = sizeof info};
     size_t bytes = 0;
     ifkv_status status = require_option(options->model, "model");
     if (status == IFKV_OK) status = ifkv_prefill_options_check(&prefill);
     IFKV_TRY(ifkv_comm_agree(comm, status, NULL));
+    IFKV_TRY_GOTO(status, cli_store_open(comm, options, &run.store), out);
     IFKV_TRY_GOTO(status, validate(&run, &bytes, &engine), out);
     if (options->out && run.list) IFKV_TRY_GOTO(status, open_output(&run), out);
     IFKV_TRY_GOTO(status, ifkv_engine_info(engine, &info), out);

@@ -120,9 +120,10 @@ static ifkv_status compare(const ifkv_model_info *info, const ifkv_request_item 
 }
 
 static ifkv_status verify_item(ifkv_comm *comm, ifkv_engine *engine, const ifkv_model_info *info,
-                               const cli_options *options, const ifkv_request_item *item) {
+                               const cli_options *options, const ifkv_store *store,
+                               const ifkv_request_item *item) {
     outcome all = {0}, full = {0};
-    ifkv_prefill_options prefill = cli_prefill_options(options, item);
+    ifkv_prefill_options prefill = cli_prefill_options(options, item, store);
     prefill.max_new = 0;
     prefill.method = prefill.method ? prefill.method : "infoflow";
     prefill.ratio = "1";
@@ -143,10 +144,12 @@ static ifkv_status verify_item(ifkv_comm *comm, ifkv_engine *engine, const ifkv_
 static ifkv_status verify_exactness(ifkv_comm *comm, const cli_options *options) {
     ifkv_engine *engine = NULL;
     ifkv_request_list *list = NULL;
+    ifkv_chunk_store *store = NULL;
     ifkv_model_info info = {.size = sizeof info};
     const ifkv_engine_options engine_options = cli_engine_options(options, false);
     ifkv_status status;
-    IFKV_TRY(ifkv_engine_open(comm, &engine_options, &engine));
+    IFKV_TRY(cli_store_open(comm, options, &store));
+    IFKV_TRY_GOTO(status, ifkv_engine_open(comm, &engine_options, &engine), out);
     IFKV_TRY_GOTO(status, ifkv_engine_info(engine, &info), out);
     IFKV_TRY_GOTO(status, cli_requests_load(comm, options->requests, info.n_vocab, &list), out);
     if (ifkv_comm_rank(comm) == 0)
@@ -155,10 +158,12 @@ static ifkv_status verify_exactness(ifkv_comm *comm, const cli_options *options)
             "L2 error, worst layer\n",
             options->method ? options->method : "infoflow", ifkv_comm_size(comm));
     for (int64_t i = 0; i < list->n && status == IFKV_OK; i++)
-        status = verify_item(comm, engine, &info, options, &list->item[i]);
+        status = verify_item(comm, engine, &info, options, ifkv_chunk_store_table(store),
+                             &list->item[i]);
 out:
     ifkv_requests_free(list);
     ifkv_engine_close(engine);
+    ifkv_chunk_store_close(store);
     return status;
 }
 

@@ -47,6 +47,17 @@ static json_t *bytes_to_json(const ifkv_result *result) {
     return bytes;
 }
 
+static double hit_fraction(const ifkv_result *result) {
+    return result->n_context ? (double)result->store_tokens_hit / (double)result->n_context : 0;
+}
+
+static json_t *store_to_json(const ifkv_result *result) {
+    if (!result->has_store) return json_null();
+    return json_pack("{s:I, s:I, s:I, s:f}", "hits", (json_int_t)result->store_hits, "misses",
+                     (json_int_t)result->store_misses, "tokens_hit",
+                     (json_int_t)result->store_tokens_hit, "hit_fraction", hit_fraction(result));
+}
+
 static void digest_to_hex(uint64_t digest, char hex[17]) {
     snprintf(hex, 17, "%016llx", (unsigned long long)digest);
 }
@@ -57,7 +68,7 @@ ifkv_status ifkv_output_result_line(const ifkv_request_item *item, const ifkv_re
     digest_to_hex(result->selected_digest, hex);
     json_t *root = json_pack(
         "{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:[], "
-        "s:o, s:{s:I, s:I, s:I}}",
+        "s:o, s:{s:I, s:I, s:I}, s:o}",
         "id", item->id, "answers", json_or_null(item->answers_json), "meta",
         json_or_null(item->meta_json), "answer_ids", ids_to_json(result->answer, result->n_answer),
         "finish", text_or_null(result->finish), "method", text_or_null(result->method), "exchange",
@@ -67,7 +78,8 @@ ifkv_status ifkv_output_result_line(const ifkv_request_item *item, const ifkv_re
         (json_int_t)result->n_prompt, "n_selected", (json_int_t)result->n_selected,
         "selected_digest", hex, "ms", ms_to_json(result), "rode", "bytes", bytes_to_json(result),
         "memory", "weights", (json_int_t)result->memory_weights, "planned",
-        (json_int_t)result->memory_planned, "peak", (json_int_t)result->memory_peak);
+        (json_int_t)result->memory_planned, "peak", (json_int_t)result->memory_peak, "store",
+        store_to_json(result));
     char *text = root ? json_dumps(root, JSON_COMPACT | JSON_REAL_PRECISION(MS_DIGITS)) : NULL;
     json_decref(root);
     char *line = text ? realloc(text, strlen(text) + 2) : NULL;
@@ -153,6 +165,14 @@ static ifkv_status write_numbers(ifkv_h5 *file, const ifkv_result *r) {
     return ifkv_h5_f64_write(file, "ms_ttft", r->ttft_ms);
 }
 
+static ifkv_status write_store(ifkv_h5 *file, const ifkv_result *r) {
+    if (!r->has_store) return IFKV_OK;
+    IFKV_TRY(ifkv_h5_i64_write(file, "store_hits", r->store_hits));
+    IFKV_TRY(ifkv_h5_i64_write(file, "store_misses", r->store_misses));
+    IFKV_TRY(ifkv_h5_i64_write(file, "store_tokens_hit", r->store_tokens_hit));
+    return ifkv_h5_f64_write(file, "store_hit_fraction", hit_fraction(r));
+}
+
 static ifkv_status write_arrays(ifkv_h5 *file, const ifkv_output_options *options,
                                 const ifkv_result *r) {
     IFKV_TRY(ifkv_h5_dataset_write(file, "/selected", IFKV_H5_I64, 1, &r->n_selected, r->selected));
@@ -176,6 +196,7 @@ ifkv_status ifkv_output_record_file(const ifkv_output_options *options,
     IFKV_TRY_GOTO(status, write_header(file, options, item), err_close_file);
     IFKV_TRY_GOTO(status, write_texts(file, result), err_close_file);
     IFKV_TRY_GOTO(status, write_numbers(file, result), err_close_file);
+    IFKV_TRY_GOTO(status, write_store(file, result), err_close_file);
     IFKV_TRY_GOTO(status, write_arrays(file, options, result), err_close_file);
     status = ifkv_h5_finish(file);
     file = NULL;

@@ -421,7 +421,8 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     if (rows && !strcmp(rows, "question")) session->options.score_rows = NULL;
     session->max_new = session->options.max_new;
     /* an exact prefill makes other rows than a chunk's own */
-    session->reuse.is_on = session->options.store && strcmp(session->method, "full");
+    session->reuse.is_on =
+        session->options.store && !session->is_exact && strcmp(session->method, "full");
     if (session->reuse.is_on)
         IFKV_TRY(ifkv_struct_read(&session->reuse.store, sizeof session->reuse.store,
                                   session->options.store, "store"));

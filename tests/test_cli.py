@@ -119,7 +119,7 @@ class Arguments(Tool):
                 self.assert_answer(self.prefill([request()], flag, "frobnicate"), 2, "frobnicate")
 
     def test_features_that_do_not_exist_yet_are_unknown_options(self):
-        for flag in ["--store", "--geometry", "--reorder", "--scoring"]:
+        for flag in ["--geometry", "--reorder", "--scoring"]:
             with self.subTest(flag=flag):
                 self.assert_answer(self.prefill([request()], flag, "x"), 2, flag)
 

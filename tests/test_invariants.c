@@ -4,7 +4,8 @@
  * purpose: a chunk of one token, fewer chunks than ranks, one chunk, no prefix, a prompt of one
  * token, a question that is not the prompt.  Ranks are threads: 1, 2, 3, 5 and 8 of them.
  * Not here: I13 of one operation, I18's question mass (test_backend); I25 of one exchange
- * (test_exchange); I17, I19, I20, I21, I26, I27: the forms that they compare do not exist yet. */
+ * (test_exchange); I6's store and I26 (test_reuse); I17, I19, I20, I21, I27: the forms that they
+ * compare do not exist yet. */
 #include "tiny.h"
 
 #include "agree.h"
