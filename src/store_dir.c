@@ -118,11 +118,9 @@ static ifkv_status verify_file(const char *dir, const char *name) {
     if (status == IFKV_OK) {
         status = ifkv_store_file_check(&reader, key);
         ifkv_store_file_close(&reader);
-    } else if (status == IFKV_ERR_NO_INPUT) {
-        status = IFKV_OK; /* evicted meanwhile */
     }
     free(path);
-    return status;
+    return status == IFKV_ERR_NO_INPUT ? IFKV_OK : status; /* evicted meanwhile */
 }
 
 ifkv_status ifkv_store_verify(const char *dir, ifkv_store_say_fn say, void *say_arg, int64_t *n_p) {

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "digest.h"
@@ -182,11 +183,31 @@ void ifkv_store_file_close(ifkv_store_reader *reader) {
     reader->fd = -1;
 }
 
-/* By its descriptor: the bytes that were checked, whatever the name means by now. */
+static const char *descriptor_path(const ifkv_store_reader *reader, char path[40]) {
+    snprintf(path, 40, "/proc/self/fd/%d", reader->fd);
+    return path;
+}
+
+/* By its descriptor: the bytes that were checked, whatever the name means by now.  HDF5 wants the
+ * file to have a name at this instant, though; one that lost it is gone, not damaged. */
 static ifkv_status open_h5(const ifkv_store_reader *reader, ifkv_h5 **file_p) {
     char path[40];
-    snprintf(path, sizeof path, "/proc/self/fd/%d", reader->fd);
-    return ifkv_h5_open(path, file_p);
+    struct stat st;
+    const ifkv_status status = ifkv_h5_open(descriptor_path(reader, path), file_p);
+    if (status != IFKV_OK && fstat(reader->fd, &st) == 0 && st.st_nlink == 0)
+        return IFKV_FAIL(IFKV_ERR_NO_INPUT, CODE, "removed while it was opened");
+    return status;
+}
+
+/* Put the file's name where HDF5's layer put the descriptor. */
+static ifkv_status with_name(const ifkv_store_reader *reader, ifkv_status status) {
+    char path[40], text[1024], quoted[IFKV_QUOTE_BYTES];
+    if (status == IFKV_OK) return status;
+    const size_t n = strlen(descriptor_path(reader, path));
+    const int code = ifkv_last_error()->code;
+    snprintf(text, sizeof text, "%s", ifkv_last_error()->text);
+    if (strncmp(text, path, n)) return status;
+    return IFKV_FAIL(status, code, "%s%s", ifkv_path_quote(reader->path, quoted), text + n);
 }
 
 static ifkv_status check_text(ifkv_h5 *file, const char *path, const char *name,
@@ -261,7 +282,7 @@ ifkv_status ifkv_store_file_read(const ifkv_store_reader *reader, const ifkv_sto
     ifkv_h5 *file;
     ifkv_status status;
     *is_taken_p = true;
-    IFKV_TRY(open_h5(reader, &file));
+    IFKV_TRY(with_name(reader, open_h5(reader, &file)));
     IFKV_TRY_GOTO(status, check_text(file, reader->path, "format", "ifkv-chunk"), out);
     IFKV_TRY_GOTO(status, check_text(file, reader->path, "description", entry->description), out);
     IFKV_TRY_GOTO(status, check_ids(file, reader->path, "/prefix", entry->prefix, entry->n_prefix),
@@ -271,7 +292,7 @@ ifkv_status ifkv_store_file_read(const ifkv_store_reader *reader, const ifkv_sto
     status = read_layers(file, reader, entry, take, arg, is_taken_p);
 out:
     ifkv_h5_close(file);
-    return status;
+    return with_name(reader, status);
 }
 
 /* ---- checking ---- */
@@ -330,12 +351,12 @@ ifkv_status ifkv_store_file_check(const ifkv_store_reader *reader, const char *k
     ifkv_h5 *file;
     char *text[2] = {NULL, NULL};
     int32_t *id[2] = {NULL, NULL};
-    IFKV_TRY(open_h5(reader, &file));
+    IFKV_TRY(with_name(reader, open_h5(reader, &file)));
     const ifkv_status status = check_content(file, reader, key, text, id);
     for (int i = 0; i < 2; i++) {
         free(text[i]);
         free(id[i]);
     }
     ifkv_h5_close(file);
-    return status;
+    return with_name(reader, status);
 }

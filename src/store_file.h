@@ -12,7 +12,7 @@
 
 typedef struct ifkv_store_reader {
     const char *path; /* borrowed; for messages */
-    int fd;           /* owned; the file stays readable when its name is gone */
+    int fd;           /* owned; once HDF5 has it open the file stays readable without its name */
     int64_t n_row;
 } ifkv_store_reader;
 
@@ -25,7 +25,7 @@ ifkv_status ifkv_store_file_write(const char *path, const ifkv_store_entry *entr
 ifkv_status ifkv_store_file_open(const char *path, ifkv_store_reader *reader);
 void ifkv_store_file_close(ifkv_store_reader *reader);
 /* Compare the open file with what it should be and hand its layers to `take`.  *is_taken_p false:
- * it stopped.  Errors: DATA, also where another entry is found. */
+ * it stopped.  Errors: NO_INPUT if it has been removed; DATA, also where another entry is found. */
 ifkv_status ifkv_store_file_read(const ifkv_store_reader *reader, const ifkv_store_entry *entry,
                                  ifkv_store_layer_fn take, void *arg, bool *is_taken_p);
 /* Read an open file's own description and check it, with its name, against itself. */

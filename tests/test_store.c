@@ -7,6 +7,7 @@
 #include "h5.h"
 #include "model_files.h"
 #include "store.h"
+#include "store_file.h"
 #include "store_key.h"
 
 #include <dirent.h>
@@ -198,6 +199,35 @@ static void a_name_gone_while_it_is_read_breaks_nothing(void **state) {
     assert_true(load_fake(store, &it));
     assert_false(load(store, 1));
     assert_int_equal(n_warning, 0);
+    ifkv_chunk_store_close(store);
+}
+
+static void a_name_gone_before_hdf5_has_it_is_missing_not_damaged(void **state) {
+    (void)state;
+    ifkv_chunk_store *store = open_store(0);
+    ifkv_store_reader reader;
+    fake it = make_fake(1, "model a");
+    bool is_taken;
+    save(store, 1);
+    assert_ok(ifkv_store_file_open(path_of(1), &reader));
+    assert_int_equal(unlink(path_of(1)), 0);
+    assert_fails(ifkv_store_file_read(&reader, entry_of(&it), take, &it, &is_taken),
+                 IFKV_ERR_NO_INPUT, IFKV_E_STORE, "removed");
+    ifkv_store_file_close(&reader);
+    ifkv_chunk_store_close(store);
+}
+
+/* Sound by its digest, and yet no entry: the message names the file. */
+static void a_stranger_with_a_right_digest_is_never_served(void **state) {
+    (void)state;
+    ifkv_chunk_store *store = open_store(0);
+    fake it = make_fake(1, "model a");
+    ifkv_store_entry odd = *entry_of(&it);
+    bool is_given;
+    odd.n_layer = 1; /* fewer layers than the key stands for */
+    assert_ok(ifkv_store_file_write(path_of(1), &odd, give, &it, &is_given));
+    assert_missed_with_one_warning(store, 1, strrchr(path_of(1), '/'));
+    assert_non_null(strstr(warning, "/layers/1/k"));
     ifkv_chunk_store_close(store);
 }
 
@@ -453,6 +483,7 @@ static pid_t fork_fill(uint64_t max_bytes, int first, int step) {
     const pid_t child = fork();
     if (child == 0) {
         fill(max_bytes, first, step);
+        if (n_warning) fprintf(stderr, "%s\n", warning);
         _exit(n_warning ? 1 : 0);
     }
     return child;
@@ -583,6 +614,8 @@ int main(void) {
         TEST(what_is_saved_is_served_to_the_bit),
         TEST(bfloat16_and_prefix_rows_are_served_to_the_bit),
         TEST(a_name_gone_while_it_is_read_breaks_nothing),
+        TEST(a_name_gone_before_hdf5_has_it_is_missing_not_damaged),
+        TEST(a_stranger_with_a_right_digest_is_never_served),
         TEST(an_entry_is_whole_under_its_name_only),
         TEST(a_flipped_bit_anywhere_is_never_served),
         TEST(a_truncated_or_longer_file_is_never_served),
