@@ -4,7 +4,6 @@
  * digest. */
 #include "output.h"
 
-#include "h5.h"
 #include "publish.h"
 
 #include <stdio.h>
@@ -67,27 +66,17 @@ out:
     return status;
 }
 
+static ifkv_status fill(void *arg, ifkv_h5 *file) {
+    const ifkv_output_kv_options *options = arg;
+    IFKV_TRY(write_header(file, options));
+    IFKV_TRY(write_rows(file, options->rows));
+    return write_layers(file, options);
+}
+
 ifkv_status ifkv_output_kv(const ifkv_output_kv_options *options, uint64_t *digest_p) {
     char name[IFKV_OUTPUT_NAME_BYTES], file_name[IFKV_OUTPUT_NAME_BYTES + 24];
-    ifkv_h5 *file = NULL;
-    char *tmp;
-    ifkv_status status;
     snprintf(file_name, sizeof file_name, "%s.kv%d.h5", ifkv_output_name(options->id, name),
              options->rank);
-    IFKV_TRY(ifkv_publish_path(options->dir, file_name, options->rank, &tmp));
-    IFKV_TRY_GOTO(status, ifkv_h5_create(tmp, &file), err_free_tmp);
-    IFKV_TRY_GOTO(status, write_header(file, options), err_close_file);
-    IFKV_TRY_GOTO(status, write_rows(file, options->rows), err_close_file);
-    IFKV_TRY_GOTO(status, write_layers(file, options), err_close_file);
-    status = ifkv_h5_finish(file);
-    file = NULL;
-    if (status != IFKV_OK) goto err_close_file;
-    status = ifkv_publish_h5(options->dir, file_name, tmp, digest_p);
-    goto err_free_tmp;
-err_close_file:
-    ifkv_h5_close(file);
-    ifkv_publish_abandon(tmp);
-err_free_tmp:
-    free(tmp);
-    return status;
+    return ifkv_publish_h5_filled(options->dir, file_name, options->rank, fill, (void *)options,
+                                  digest_p);
 }

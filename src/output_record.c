@@ -185,28 +185,24 @@ static ifkv_status write_arrays(ifkv_h5 *file, const ifkv_output_options *option
     return IFKV_OK;
 }
 
+typedef struct record {
+    const ifkv_output_options *options;
+    const ifkv_request_item *item;
+    const ifkv_result *result;
+} record;
+
+static ifkv_status fill(void *arg, ifkv_h5 *file) {
+    const record *of = arg;
+    IFKV_TRY(write_header(file, of->options, of->item));
+    IFKV_TRY(write_texts(file, of->result));
+    IFKV_TRY(write_numbers(file, of->result));
+    IFKV_TRY(write_store(file, of->result));
+    return write_arrays(file, of->options, of->result);
+}
+
 ifkv_status ifkv_output_record_file(const ifkv_output_options *options,
                                     const ifkv_request_item *item, const ifkv_result *result,
                                     const char *file_name, uint64_t *digest_p) {
-    ifkv_h5 *file = NULL;
-    char *tmp;
-    ifkv_status status;
-    IFKV_TRY(ifkv_publish_path(options->dir, file_name, 0, &tmp));
-    IFKV_TRY_GOTO(status, ifkv_h5_create(tmp, &file), err_free_tmp);
-    IFKV_TRY_GOTO(status, write_header(file, options, item), err_close_file);
-    IFKV_TRY_GOTO(status, write_texts(file, result), err_close_file);
-    IFKV_TRY_GOTO(status, write_numbers(file, result), err_close_file);
-    IFKV_TRY_GOTO(status, write_store(file, result), err_close_file);
-    IFKV_TRY_GOTO(status, write_arrays(file, options, result), err_close_file);
-    status = ifkv_h5_finish(file);
-    file = NULL;
-    if (status != IFKV_OK) goto err_close_file;
-    status = ifkv_publish_h5(options->dir, file_name, tmp, digest_p);
-    goto err_free_tmp;
-err_close_file:
-    ifkv_h5_close(file);
-    ifkv_publish_abandon(tmp);
-err_free_tmp:
-    free(tmp);
-    return status;
+    record of = {options, item, result};
+    return ifkv_publish_h5_filled(options->dir, file_name, 0, fill, &of, digest_p);
 }

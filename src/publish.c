@@ -3,7 +3,6 @@
 
 #include "digest.h"
 #include "file.h"
-#include "h5.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -254,6 +253,27 @@ ifkv_status ifkv_publish_h5(const char *dir, const char *name, const char *tmp,
     return IFKV_OK;
 err_remove_tmp:
     unlink(tmp);
+    return status;
+}
+
+ifkv_status ifkv_publish_h5_filled(const char *dir, const char *name, int rank,
+                                   ifkv_publish_fill_fn fill, void *arg, uint64_t *digest_p) {
+    ifkv_h5 *file = NULL;
+    char *tmp;
+    ifkv_status status;
+    IFKV_TRY(ifkv_publish_path(dir, name, rank, &tmp));
+    IFKV_TRY_GOTO(status, ifkv_h5_create(tmp, &file), err_free_tmp);
+    status = fill(arg, file);
+    if (status == IFKV_OK)
+        status = ifkv_h5_finish(file);
+    else
+        ifkv_h5_close(file);
+    if (status == IFKV_OK)
+        status = ifkv_publish_h5(dir, name, tmp, digest_p);
+    else
+        ifkv_publish_abandon(tmp);
+err_free_tmp:
+    free(tmp);
     return status;
 }
 

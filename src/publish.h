@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "h5.h"
 #include "status.h"
 
 /* Create DIR (its parent must exist), prove that it can be written, lock it and empty DIR/.tmp.
@@ -31,6 +32,10 @@ ifkv_status ifkv_publish_path(const char *dir, const char *name, int rank, char 
 /* Make a closed HDF5 file DIR/name, replacing what is there, and digest it.  On error the file
  * under tmp is removed.  Errors: IO. */
 ifkv_status ifkv_publish_h5(const char *dir, const char *name, const char *tmp, uint64_t *digest_p);
+/* Create a file under DIR/.tmp, fill it and publish it as DIR/name: all of the above. */
+typedef ifkv_status (*ifkv_publish_fill_fn)(void *arg, ifkv_h5 *file);
+ifkv_status ifkv_publish_h5_filled(const char *dir, const char *name, int rank,
+                                   ifkv_publish_fill_fn fill, void *arg, uint64_t *digest_p);
 /* Remove a file under DIR/.tmp that will not be published; it may be missing. */
 void ifkv_publish_abandon(const char *tmp);
 /* Write a text file whole as DIR/name, replacing what is there. */
