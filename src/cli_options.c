@@ -34,7 +34,8 @@ static const option table[] = {
     {"requests", KIND_TEXT, CLI_REQUESTS, AT(requests), 0, 0, "FILE", NULL,
      "requests, JSONL or HDF5; - reads standard input"},
     {"method", KIND_TEXT, CLI_METHOD, AT(method), 0, 0, "NAME", "infoflow",
-     "infoflow, none, all, random: selective, on all ranks; full: exact, on one rank"},
+     "infoflow, none, all, random, epic, epic_budget: selective, on all ranks; full: exact, on one "
+     "rank"},
     {"ratio", KIND_TEXT, CLI_METHOD, AT(ratio), 0, 0, "R", "0.15",
      "share of the context that is recomputed, 0 to 1"},
     {"exchange", KIND_TEXT, CLI_METHOD, AT(exchange), 0, 0, "NAME", "query",
@@ -52,6 +53,8 @@ static const option table[] = {
      "zigzag, contiguous, longest: changes time, never results"},
     {"max-new", KIND_COUNT, CLI_METHOD, AT(max_new), 0, INT32_MAX, "N", "32",
      "generated tokens at most; 0: prefill only"},
+    {"epic-k", KIND_COUNT, CLI_METHOD, AT(epic_k), 0, INT32_MAX, "N", "16",
+     "rows at the head of each chunk that method epic recomputes; 0: 16"},
     {"seed", KIND_SEED, CLI_METHOD, AT(seed), 0, 0, "S", "0", "of method random"},
     {"out", KIND_TEXT, CLI_OUTPUT, AT(out), 0, 0, "DIR", NULL,
      "results.jsonl, one .h5 a request, manifest.jsonl"},

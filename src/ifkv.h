@@ -176,7 +176,8 @@ typedef void (*ifkv_progress_fn)(void *arg, ifkv_stage stage, int64_t done, int6
 
 typedef struct ifkv_prefill_options {
     size_t size;
-    const char *method;       /* NULL: "infoflow"; "none", "all", "random", "full" */
+    const char *method;       /* NULL: "infoflow"; "none", "all", "random", "epic", "epic_budget",
+                                 "full" */
     const char *exchange;     /* NULL: "query"; "local" */
     const char *ratio;        /* exact decimal in [0, 1], NULL: "0.15" */
     const char *score;        /* NULL: "l2"; "l1", "mass", "l2h" */
@@ -194,6 +195,7 @@ typedef struct ifkv_prefill_options {
     bool keep_scores;        /* result.scores is filled */
     ifkv_progress_fn progress;
     void *progress_arg;
+    int64_t epic_k; /* of method "epic": rows at the head of each chunk; 0: 16 */
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */

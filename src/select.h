@@ -26,6 +26,7 @@ typedef struct ifkv_select_input {
     const int32_t *question;
     int64_t budget; /* k = |S| */
     uint64_t seed;
+    int64_t epic_k; /* of `epic`: rows at the head of each chunk */
     ifkv_score_form form;
     int n_score_layer;
     int score_layer[IFKV_MAX_SCORE_LAYER]; /* ascending */
@@ -37,8 +38,8 @@ typedef struct ifkv_select_ops {
     const char *name;
     size_t struct_bytes;
     bool has_scores;
-    /* Rows the method recomputes: k of n_context and n_eligible rows, for a ratio of num / den. */
-    int64_t (*budget)(int64_t num, int64_t den, int64_t n_context, int64_t n_eligible);
+    /* Rows the method recomputes for a ratio of num / den; the input's budget is not set yet. */
+    int64_t (*budget)(const ifkv_select_input *input, int64_t num, int64_t den);
     ifkv_status (*init)(ifkv_selector *selector);
     void (*fini)(ifkv_selector *selector);
     void (*layout)(ifkv_selector *selector,
@@ -69,6 +70,8 @@ int64_t ifkv_select_first(const ifkv_placement *placement);
 ifkv_status ifkv_ratio_parse(const char *text, int64_t *num_p, int64_t *den_p);
 /* min(max(1, floor(num * n_context / den)), n_eligible), 0 for a ratio of 0; in integers. */
 int64_t ifkv_select_by_ratio(int64_t num, int64_t den, int64_t n_context, int64_t n_eligible);
+/* The same of the input's placement: what most selectors' budget is. */
+int64_t ifkv_select_ratio_budget(const ifkv_select_input *input, int64_t num, int64_t den);
 
 /* Read "published", "wide" or an ascending comma list into input->score_layer (algorithm 1.4, 5.2).
  * Errors: USAGE. */
@@ -82,6 +85,9 @@ void ifkv_select_layout_nothing(ifkv_selector *selector, ifkv_arena *arena);
 ifkv_status ifkv_select_no_score(ifkv_selector *selector, float *score);
 
 extern const ifkv_select_ops ifkv_select_infoflow_ops, ifkv_select_none_ops, ifkv_select_all_ops,
-    ifkv_select_random_ops;
+    ifkv_select_random_ops, ifkv_select_epic_ops, ifkv_select_epic_budget_ops;
+
+/* Names of all methods as messages list them. */
+#define IFKV_METHOD_NAMES "infoflow, none, all, random, epic, epic_budget or full"
 
 #endif

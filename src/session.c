@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_CHUNKS = 65536 };
+enum { MAX_CHUNKS = 65536, DEFAULT_EPIC_K = 16 };
 static const int64_t max_tokens = INT32_MAX;
 
 static ifkv_status check_tokens(const char *name, const int32_t *token, int64_t n,
@@ -246,6 +246,7 @@ static ifkv_status plan_selection(ifkv_session *session) {
         .n_question = session->n_question,
         .question = session->question,
         .seed = options->seed,
+        .epic_k = options->epic_k ? options->epic_k : DEFAULT_EPIC_K,
         .progress = options->progress,
         .progress_arg = options->progress_arg,
     };
@@ -255,8 +256,7 @@ static ifkv_status plan_selection(ifkv_session *session) {
     IFKV_TRY(ifkv_score_layers_parse(options->score_layers ? options->score_layers : "published",
                                      engine->model.config.n_layer, &input));
     const int64_t n_eligible = session->n_context - ifkv_select_first(&session->placement);
-    input.budget = options->selected ? options->n_selected
-                                     : ops->budget(num, den, session->n_context, n_eligible);
+    input.budget = options->selected ? options->n_selected : ops->budget(&input, num, den);
     IFKV_REQUIRE(input.budget >= 0 && input.budget <= n_eligible, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "n_selected: got %lld, expected 0 to %lld", (long long)input.budget,
                  (long long)n_eligible);
@@ -340,7 +340,7 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     ifkv_placement_kind kind;
     ifkv_select_input *layers;
     IFKV_REQUIRE(!method || !strcmp(method, "full") || ifkv_select_find(method), IFKV_ERR_USAGE,
-                 IFKV_E_VALUE, "method: got \"%s\", expected infoflow, none, all, random or full",
+                 IFKV_E_VALUE, "method: got \"%s\", expected " IFKV_METHOD_NAMES,
                  ifkv_quote(method, strlen(method), shown));
     IFKV_REQUIRE(!exchange || ifkv_exchange_find(exchange), IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "exchange: got \"%s\", expected query or local",
@@ -355,6 +355,8 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
                  "chunk: got %lld, expected a number of tokens", (long long)options.chunk);
     IFKV_REQUIRE(options.max_new >= 0 && options.max_new <= max_tokens, IFKV_ERR_USAGE,
                  IFKV_E_VALUE, "max-new: got %lld, expected 0 or more", (long long)options.max_new);
+    IFKV_REQUIRE(options.epic_k >= 0 && options.epic_k <= max_tokens, IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "epic-k: got %lld, expected a number of rows", (long long)options.epic_k);
     if (!options.score_layers) return IFKV_OK;
     /* the list's form; how many layers there are only the model knows */
     layers = malloc(sizeof *layers);

@@ -194,6 +194,8 @@ static void options_check_names_what_is_wrong(void **state) {
         {{.placement = "first"}, "placement"},
         {{.chunk = -1}, "chunk"},
         {{.chunk = INT64_MAX}, "chunk"},
+        {{.epic_k = -1}, "epic-k"},
+        {{.epic_k = INT64_MAX}, "epic-k"},
         {{.max_new = -1}, "max-new"},
         {{.max_new = INT64_MAX}, "max-new"},
     };
@@ -204,9 +206,10 @@ static void options_check_names_what_is_wrong(void **state) {
                      bad[i].part);
     }
     static const ifkv_prefill_options good[] = {
-        {.method = "full"},       {.method = "all", .exchange = "local"},
-        {.score_layers = "wide"}, {.ratio = "0"},
-        {.placement = "longest"}, {.score_rows = "prompt"}};
+        {.method = "full"},        {.method = "all", .exchange = "local"},
+        {.score_layers = "wide"},  {.ratio = "0"},
+        {.placement = "longest"},  {.score_rows = "prompt"},
+        {.method = "epic_budget"}, {.method = "epic", .epic_k = 3}};
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         ifkv_prefill_options options = good[i];
         options.size = sizeof options;

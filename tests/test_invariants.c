@@ -3,8 +3,9 @@
  * Each test is named after its claim, with the invariant's number.  Requests are awkward on
  * purpose: a chunk of one token, fewer chunks than ranks, one chunk, no prefix, a prompt of one
  * token, a question that is not the prompt.  Ranks are threads: 1, 2, 3, 5 and 8 of them.
- * Not here: I13 of one operation, I18's question mass (test_backend); I15, I19, I20, I21, I25, I26,
- * I27, I17 and I14's other exchanges: the forms that they compare do not exist yet. */
+ * Not here: I13 of one operation, I18's question mass (test_backend); I15, I19, I20, I21's keep
+ * selectors, I25, I26, I27, I17 and I14's other exchanges: the forms that they compare do not exist
+ * yet. */
 #include "tiny.h"
 
 #include "agree.h"
@@ -658,6 +659,19 @@ static void i18_score_forms_bound_each_other(void **state) {
     }
 }
 
+static void i21_epic_with_heads_as_long_as_chunks_is_all(void **state) {
+    (void)state;
+    for (int c = 0; c < N_CASE; c++)
+        for (int s = 0; s < N_SIZE; s += 2) {
+            tiny_run all = prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "all"});
+            tiny_run epic = prefill(&cases[c], sizes[s],
+                                    (ifkv_prefill_options){.method = "epic", .epic_k = 64});
+            assert_true(same_bits(&epic, &all));
+            tiny_run_fini(&epic);
+            tiny_run_fini(&all);
+        }
+}
+
 static void i22_same_inputs_give_the_same_bits(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++)
@@ -918,6 +932,7 @@ int main(void) {
         cmocka_unit_test(i14_local_on_ranks_changes_selected_rows_only),
         cmocka_unit_test(i16_placement_changes_no_result),
         cmocka_unit_test(i18_score_forms_bound_each_other),
+        cmocka_unit_test(i21_epic_with_heads_as_long_as_chunks_is_all),
         cmocka_unit_test(i22_same_inputs_give_the_same_bits),
         cmocka_unit_test(i23_error_on_one_rank_stops_all),
         cmocka_unit_test(i23_options_that_differ_stop_all),

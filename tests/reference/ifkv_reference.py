@@ -358,7 +358,7 @@ class Result:
 
 
 def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_layer_choice="published", max_new=32,
-            score_rows="question", chosen=()):
+            score_rows="question", chosen=(), epic_k=16):
     """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, and random with the set `chosen`."""
     context, first_eligible = request.context, request.offsets[1]
     selected, scores, gap = np.empty(0, np.int64), None, np.inf
@@ -374,7 +374,7 @@ def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_l
             scores = combine_scores(question_attention(model, cache, rows, layers), len(context), score)
             selected, gap = select_best(scores, first_eligible, ratio)
         elif method == "epic":
-            selected = select_epic(request)
+            selected = select_epic(request, epic_k)
         elif method == "epic_budget":
             selected = select_epic_budget(request, ratio)
         elif method == "random":
