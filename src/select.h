@@ -84,6 +84,35 @@ void ifkv_select_fini_nothing(ifkv_selector *selector);
 void ifkv_select_layout_nothing(ifkv_selector *selector, ifkv_arena *arena);
 ifkv_status ifkv_select_no_score(ifkv_selector *selector, float *score);
 
+/* Scores on their way from this rank's shard to a selection; part of a selector that has scores. */
+typedef struct ifkv_scores {
+    float *gathered;        /* [n_context] host, owned: rank-major */
+    size_t *bytes, *offset; /* [size] host, owned: messages */
+
+    /* Back-end memory. */
+    float *own;       /* [kept rows] in shard order */
+    float *value;     /* [n_context] */
+    int64_t *scratch; /* [n_context] */
+    int64_t *chosen;  /* [budget] */
+} ifkv_scores;
+
+ifkv_status ifkv_scores_init(ifkv_scores *scores, const ifkv_select_input *input);
+void ifkv_scores_fini(ifkv_scores *scores);
+/* What scoring needs; what choosing, which comes later, needs. */
+void ifkv_scores_layout(ifkv_scores *scores, const ifkv_select_input *input, ifkv_arena *arena);
+void ifkv_scores_layout_best(ifkv_scores *scores, const ifkv_select_input *input,
+                             ifkv_arena *arena);
+/* Set own to zero.  Local. */
+ifkv_status ifkv_scores_clear(ifkv_scores *scores, const ifkv_select_input *input);
+/* Refuse a score of this rank that is not finite and >= 0, naming its row and `layer`.  Local: the
+ * caller agrees. Errors: NUMERIC. */
+ifkv_status ifkv_scores_check(ifkv_scores *scores, const ifkv_select_input *input, int layer);
+/* Put the ranks' scores together: score [n_context] host, in index order.  Collective. */
+ifkv_status ifkv_scores_gather(ifkv_scores *scores, const ifkv_select_input *input, float *score);
+/* The budget's best eligible rows, ascending: score descending, ties to the lower index.  Local. */
+ifkv_status ifkv_scores_best(ifkv_scores *scores, const ifkv_select_input *input,
+                             const float *score, int64_t *selected);
+
 extern const ifkv_select_ops ifkv_select_infoflow_ops, ifkv_select_none_ops, ifkv_select_all_ops,
     ifkv_select_random_ops, ifkv_select_epic_ops, ifkv_select_epic_budget_ops;
 

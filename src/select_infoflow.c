@@ -40,11 +40,7 @@ typedef struct select_infoflow {
     ifkv_selector base;
     question_exchange exchange;
     ifkv_pass pass;
-    float *score;     /* [kept rows] back-end memory, in shard order */
-    float *gathered;  /* [n_context] host, owned: rank-major */
-    int64_t *scratch; /* [n_context] back-end memory, for top-k */
-    float *value;     /* [n_context] back-end memory */
-    int64_t *chosen;  /* [budget] back-end memory */
+    ifkv_scores scores;
 } select_infoflow;
 
 static int64_t kept_rows(const ifkv_select_input *input) {
@@ -236,9 +232,7 @@ static ifkv_status infoflow_init(ifkv_selector *selector) {
     self->exchange.base.ops = &question_ops;
     self->exchange.base.cache = (ifkv_kvcache *)input->cache;
     IFKV_TRY(question_init(&self->exchange, input));
-    self->gathered = malloc((size_t)input->placement->n_context * sizeof *self->gathered);
-    IFKV_REQUIRE(self->gathered, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
-                 "selector infoflow: out of host memory");
+    IFKV_TRY(ifkv_scores_init(&self->scores, input));
     return ifkv_pass_init(&self->pass, input->model, input->frequency, input->n_question, 1);
 }
 
@@ -247,7 +241,7 @@ static void infoflow_fini(ifkv_selector *selector) {
     free(self->exchange.chunk_slot);
     free(self->exchange.views);
     free(self->exchange.bytes);
-    free(self->gathered);
+    ifkv_scores_fini(&self->scores);
     ifkv_pass_fini(&self->pass);
 }
 
@@ -255,13 +249,11 @@ static void infoflow_layout(ifkv_selector *selector, ifkv_arena *arena) {
     select_infoflow *self = (select_infoflow *)selector;
     const ifkv_select_input *input = &selector->input;
     const size_t mark = ifkv_arena_mark(arena);
-    self->score = ifkv_arena_take(arena, kept_rows(input), sizeof *self->score);
+    ifkv_scores_layout(&self->scores, input, arena);
     question_layout(&self->exchange, arena);
     ifkv_pass_layout(&self->pass, arena, input->backend->ops->dtype);
     ifkv_arena_reset(arena, mark); /* choosing comes after scoring */
-    self->value = ifkv_arena_take(arena, input->placement->n_context, sizeof *self->value);
-    self->scratch = ifkv_arena_take(arena, input->placement->n_context, sizeof *self->scratch);
-    self->chosen = ifkv_arena_take(arena, input->budget, sizeof *self->chosen);
+    ifkv_scores_layout_best(&self->scores, input, arena);
 }
 
 static ifkv_status begin_question(select_infoflow *self) {
@@ -300,18 +292,10 @@ static ifkv_status score_layer(select_infoflow *self, int layer) {
         .k = k,
         .block = x->chunk_slot,
         .n_block = x->n_chunk,
-        .score = self->score,
+        .score = self->scores.own,
     };
     IFKV_TRY(input->backend->ops->score(input->backend, &args));
-    float *seen = self->gathered;
-    IFKV_TRY(input->backend->ops->download(input->backend, seen, self->score,
-                                           (size_t)n_row * sizeof *seen));
-    for (int64_t i = 0; i < n_row; i++)
-        IFKV_REQUIRE(
-            isfinite(seen[i]) && seen[i] >= 0, IFKV_ERR_NUMERIC, IFKV_E_NOT_FINITE,
-            "score of layer %d, index %lld: got %g, expected a finite number of at least 0", layer,
-            (long long)input->cache->index[i], (double)seen[i]);
-    return IFKV_OK;
+    return ifkv_scores_check(&self->scores, input, layer);
 }
 
 static ifkv_status run_layers(select_infoflow *self) {
@@ -334,50 +318,18 @@ static ifkv_status run_layers(select_infoflow *self) {
     return ifkv_comm_agree(input->comm, bad, NULL);
 }
 
-/* Gather the ranks' scores, and put them from rank-major into index order. */
-static ifkv_status gather_scores(select_infoflow *self, float *score) {
-    const ifkv_select_input *input = &self->base.input;
-    const ifkv_placement *placement = input->placement;
-    size_t *bytes = self->exchange.bytes, *offset = self->exchange.offset, total = 0;
-    for (int r = 0; r < input->comm->size; r++) {
-        bytes[r] = (size_t)ifkv_placement_kept_rows(placement, r) * sizeof *score;
-        offset[r] = total;
-        total += bytes[r];
-    }
-    char *all = (char *)self->gathered, *own = all + offset[input->comm->rank];
-    IFKV_TRY(
-        input->backend->ops->download(input->backend, own, self->score, bytes[input->comm->rank]));
-    IFKV_TRY(ifkv_comm_all_gather(input->comm, own, all, bytes, offset));
-    for (int64_t i = 0; i < placement->n_chunk; i++) {
-        const size_t n = (size_t)(placement->offset[i + 1] - placement->offset[i]) * sizeof *score;
-        size_t *from = &offset[placement->rank[i]]; /* chunks of a rank come in ascending order */
-        memcpy(score + placement->offset[i], all + *from, n);
-        *from += n;
-    }
-    return IFKV_OK;
-}
-
 static ifkv_status infoflow_score(ifkv_selector *selector, float *score) {
     select_infoflow *self = (select_infoflow *)selector;
     const ifkv_select_input *input = &selector->input;
-    const size_t bytes = (size_t)kept_rows(input) * sizeof *self->score;
     IFKV_TRY(begin_question(self));
-    memset(self->gathered, 0, bytes);
-    IFKV_TRY(input->backend->ops->upload(input->backend, self->score, self->gathered, bytes));
+    IFKV_TRY(ifkv_scores_clear(&self->scores, input));
     IFKV_TRY(run_layers(self));
-    return gather_scores(self, score);
+    return ifkv_scores_gather(&self->scores, input, score);
 }
 
 static ifkv_status infoflow_choose(ifkv_selector *selector, const float *score, int64_t *selected) {
-    select_infoflow *self = (select_infoflow *)selector;
-    ifkv_backend *backend = selector->input.backend;
-    const int64_t first = ifkv_select_first(selector->input.placement), k = selector->input.budget;
-    const int64_t n = selector->input.placement->n_context - first;
-    IFKV_TRY(backend->ops->upload(backend, self->value, score + first, (size_t)n * sizeof *score));
-    IFKV_TRY(backend->ops->top_k(backend, self->value, n, k, self->scratch, self->chosen));
-    IFKV_TRY(backend->ops->download(backend, selected, self->chosen, (size_t)k * sizeof *selected));
-    for (int64_t i = 0; i < k; i++) selected[i] += first;
-    return IFKV_OK;
+    return ifkv_scores_best(&((select_infoflow *)selector)->scores, &selector->input, score,
+                            selected);
 }
 
 const ifkv_select_ops ifkv_select_infoflow_ops = {
