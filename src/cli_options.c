@@ -34,7 +34,8 @@ static const option table[] = {
     {"requests", KIND_TEXT, CLI_REQUESTS, AT(requests), 0, 0, "FILE", NULL,
      "requests, JSONL or HDF5; - reads standard input"},
     {"method", KIND_TEXT, CLI_METHOD, AT(method), 0, 0, "NAME", "infoflow",
-     "infoflow, none, all, random, epic, epic_budget: selective, on all ranks; full: exact, on one "
+     "infoflow, none, all, random, epic, epic_budget, cacheblend: selective, on all ranks; full: "
+     "exact, on one "
      "rank"},
     {"ratio", KIND_TEXT, CLI_METHOD, AT(ratio), 0, 0, "R", "0.15",
      "share of the context that is recomputed, 0 to 1"},

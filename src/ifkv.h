@@ -177,7 +177,7 @@ typedef void (*ifkv_progress_fn)(void *arg, ifkv_stage stage, int64_t done, int6
 typedef struct ifkv_prefill_options {
     size_t size;
     const char *method;       /* NULL: "infoflow"; "none", "all", "random", "epic", "epic_budget",
-                                 "full" */
+                                 "cacheblend", "full" */
     const char *exchange;     /* NULL: "query"; "local" */
     const char *ratio;        /* exact decimal in [0, 1], NULL: "0.15" */
     const char *score;        /* NULL: "l2"; "l1", "mass", "l2h" */
@@ -189,8 +189,8 @@ typedef struct ifkv_prefill_options {
     int64_t max_new; /* generated tokens at most; 0: prefill only, which still chooses the first
                         token */
     uint64_t seed;   /* of method "random" */
-    const int64_t *selected; /* given selection instead of the method's own: ascending indices of
-                                eligible rows, */
+    const int64_t *selected; /* given selection instead of the method's own, which then looks at
+                                nothing: ascending indices of eligible rows, */
     int64_t n_selected;      /*   borrowed for the session; NULL: the method selects */
     bool keep_scores;        /* result.scores is filled */
     ifkv_progress_fn progress;
@@ -240,7 +240,7 @@ typedef struct ifkv_result {
     int64_t bytes[IFKV_N_STAGE];                        /* received by stage, maximum over ranks */
     int64_t bytes_total;                                /* received, sum over stages and ranks */
     size_t memory_weights, memory_planned, memory_peak; /* bytes, maximum over ranks */
-    const char *score_layers; /* as used: "22,23,24,25"; "" if nothing was scored */
+    const char *score_layers; /* as used: "22,23,24,25"; "" if no attention was scored */
 } ifkv_result;
 
 /* The result so far, the same on every rank except first_logits; arrays borrowed from the session.
@@ -255,7 +255,7 @@ typedef struct ifkv_kv_rows {
     const int64_t *index;         /* [n_row] place in the sequence */
     const int64_t *position;      /* [n_row] rotary position */
     const int32_t *token;         /* [n_row] */
-    const uint8_t *recomputed;    /* [n_row] 1 if recompute rewrote the row */
+    const uint8_t *recomputed;    /* [n_row] 1 if recompute rewrote the row in every layer but 0 */
     const int64_t *chunk_offsets; /* [n_chunk + 1] of the whole context, in index */
 } ifkv_kv_rows;
 

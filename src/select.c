@@ -5,8 +5,9 @@
 #include <string.h>
 
 static const ifkv_select_ops *const selectors[] = {
-    &ifkv_select_infoflow_ops, &ifkv_select_none_ops, &ifkv_select_all_ops,
-    &ifkv_select_random_ops,   &ifkv_select_epic_ops, &ifkv_select_epic_budget_ops};
+    &ifkv_select_infoflow_ops,  &ifkv_select_none_ops, &ifkv_select_all_ops,
+    &ifkv_select_random_ops,    &ifkv_select_epic_ops, &ifkv_select_epic_budget_ops,
+    &ifkv_select_cacheblend_ops};
 
 const ifkv_select_ops *ifkv_select_find(const char *name) {
     for (size_t i = 0; i < sizeof selectors / sizeof *selectors; i++)

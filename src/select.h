@@ -2,7 +2,8 @@
  *
  * A selector scores context rows (or not) and chooses the set S under a budget.  Eligible are the
  * rows of chunks 1 .. n-1: chunk 0 saw its true past already.  S is ascending and the same on every
- * rank.  A selector may run layers; it never changes the cache. Source:
+ * rank.  A selector may run layers; it never changes the cache, but for the rows that
+ * `cacheblend` checks. Source:
  * algorithm 1.4, 1.5, 5.1, 5.2. */
 #ifndef IFKV_SRC_SELECT_H
 #define IFKV_SRC_SELECT_H
@@ -24,9 +25,11 @@ typedef struct ifkv_select_input {
     const ifkv_kvcache *cache;
     int64_t n_question;
     const int32_t *question;
-    int64_t budget; /* k = |S| */
+    const int32_t *token; /* [kept rows] ids of this rank's rows, in shard order */
+    int64_t budget;       /* k = |S| */
     uint64_t seed;
-    int64_t epic_k; /* of `epic`: rows at the head of each chunk */
+    int64_t epic_k;  /* of `epic`: rows at the head of each chunk */
+    int check_layer; /* of `cacheblend`: 1, or 0 where nothing can deviate */
     ifkv_score_form form;
     int n_score_layer;
     int score_layer[IFKV_MAX_SCORE_LAYER]; /* ascending */
@@ -38,6 +41,7 @@ typedef struct ifkv_select_ops {
     const char *name;
     size_t struct_bytes;
     bool has_scores;
+    bool is_question_scored; /* scores come from the question's attention in score_layer */
     /* Rows the method recomputes for a ratio of num / den; the input's budget is not set yet. */
     int64_t (*budget)(const ifkv_select_input *input, int64_t num, int64_t den);
     ifkv_status (*init)(ifkv_selector *selector);
@@ -114,9 +118,10 @@ ifkv_status ifkv_scores_best(ifkv_scores *scores, const ifkv_select_input *input
                              const float *score, int64_t *selected);
 
 extern const ifkv_select_ops ifkv_select_infoflow_ops, ifkv_select_none_ops, ifkv_select_all_ops,
-    ifkv_select_random_ops, ifkv_select_epic_ops, ifkv_select_epic_budget_ops;
+    ifkv_select_random_ops, ifkv_select_epic_ops, ifkv_select_epic_budget_ops,
+    ifkv_select_cacheblend_ops;
 
 /* Names of all methods as messages list them. */
-#define IFKV_METHOD_NAMES "infoflow, none, all, random, epic, epic_budget or full"
+#define IFKV_METHOD_NAMES "infoflow, none, all, random, epic, epic_budget, cacheblend or full"
 
 #endif

@@ -65,13 +65,7 @@ static ifkv_status question_init(question_exchange *x, const ifkv_select_input *
     IFKV_REQUIRE(x->chunk_slot && x->views && x->bytes, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
                  "selector infoflow: out of host memory");
     x->offset = x->bytes + size;
-    int64_t n = 0;
-    x->chunk_slot[0] = 0;
-    for (int64_t i = 0; i < placement->n_chunk; i++) {
-        if (placement->rank[i] != rank) continue;
-        x->chunk_slot[n + 1] = x->chunk_slot[n] + placement->offset[i + 1] - placement->offset[i];
-        n++;
-    }
+    ifkv_placement_slots(placement, rank, x->chunk_slot);
     return IFKV_OK;
 }
 
@@ -336,6 +330,7 @@ const ifkv_select_ops ifkv_select_infoflow_ops = {
     .name = "infoflow",
     .struct_bytes = sizeof(select_infoflow),
     .has_scores = true,
+    .is_question_scored = true,
     .budget = ifkv_select_ratio_budget,
     .init = infoflow_init,
     .fini = infoflow_fini,

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_CHUNKS = 65536, DEFAULT_EPIC_K = 16 };
+enum { MAX_CHUNKS = 65536, DEFAULT_EPIC_K = 16, CHECK_LAYER = 1 };
 static const int64_t max_tokens = INT32_MAX;
 
 static ifkv_status check_tokens(const char *name, const int32_t *token, int64_t n,
@@ -245,7 +245,9 @@ static ifkv_status plan_selection(ifkv_session *session) {
         .cache = &session->cache,
         .n_question = session->n_question,
         .question = session->question,
+        .token = session->kept_token,
         .seed = options->seed,
+        .check_layer = CHECK_LAYER,
         .epic_k = options->epic_k ? options->epic_k : DEFAULT_EPIC_K,
         .progress = options->progress,
         .progress_arg = options->progress_arg,
@@ -268,7 +270,7 @@ static ifkv_status plan_selection(ifkv_session *session) {
 
     const bool is_scoring = ops->has_scores && (input.budget > 0 || options->keep_scores);
     if (is_scoring) {
-        print_score_layers(session, &input);
+        if (ops->is_question_scored) print_score_layers(session, &input);
         session->scores = malloc((size_t)session->n_context * sizeof *session->scores);
         IFKV_REQUIRE(session->scores, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
                      "session: out of host memory");

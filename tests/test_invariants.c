@@ -193,13 +193,15 @@ static void i03_empty_selection_leaves_the_cache_unchanged(void **state) {
 
 static void i04_chunk_0_equals_full_prefill(void **state) {
     (void)state;
-    static const ifkv_prefill_options ways[] = {
-        {.method = "none"}, {.ratio = "0.3"}, {.method = "random", .ratio = "0.5", .seed = 7}};
+    static const ifkv_prefill_options ways[] = {{.method = "none"},
+                                                {.ratio = "0.3"},
+                                                {.method = "random", .ratio = "0.5", .seed = 7},
+                                                {.method = "cacheblend", .ratio = "0.4"}};
     for (int c = 0; c < N_CASE; c++) {
         tiny_run full = full_prefill(&cases[c]);
         const int64_t end = tiny_request_end(&cases[c].request, 0);
         for (int s = 0; s < N_SIZE; s++) {
-            tiny_run run = prefill(&cases[c], sizes[s], ways[(c + s) % 3]);
+            tiny_run run = prefill(&cases[c], sizes[s], ways[(c + s) % 4]);
             assert_equals_full(&run, &full, end);
             tiny_run_fini(&run);
         }
@@ -811,6 +813,7 @@ static void i23_options_that_differ_stop_all(void **state) {
         ODD("method none", .method = "none"),
         ODD("method random", .method = "random"),
         ODD("method full", .method = "full"),
+        ODD("method cacheblend", .method = "cacheblend"),
         ODD("exchange", .exchange = "local"),
         ODD("score", .score = "l1"),
         ODD("score_rows", .score_rows = "prompt"),

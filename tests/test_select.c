@@ -127,6 +127,7 @@ static void budgets_by_method(void **state) {
     assert_int_equal(budget_by("all", &placement, 0, 1, 16), 170);
     assert_int_equal(budget_by("random", &placement, 35, 100, 16), 63);
     assert_int_equal(budget_by("infoflow", &placement, 35, 100, 16), 63);
+    assert_int_equal(budget_by("cacheblend", &placement, 35, 100, 16), 63);
     assert_int_equal(budget_by("epic_budget", &placement, 35, 100, 16), 63);
     assert_int_equal(budget_by("epic", &placement, 35, 100, 16), 1 + 16 + 16);
     assert_int_equal(budget_by("epic", &placement, 0, 1, 16), 1 + 16 + 16); /* whatever the ratio */
@@ -134,6 +135,8 @@ static void budgets_by_method(void **state) {
     assert_int_equal(budget_by("epic", &placement, 0, 1, INT32_MAX), 170);
     ifkv_placement_fini(&placement);
     assert_true(ifkv_select_find("infoflow")->has_scores);
+    assert_true(ifkv_select_find("cacheblend")->has_scores);
+    assert_false(ifkv_select_find("cacheblend")->is_question_scored);
     assert_false(ifkv_select_find("random")->has_scores);
     assert_null(ifkv_select_find("full")); /* a method, not a selector */
     assert_null(ifkv_select_find("Infoflow"));

@@ -281,6 +281,11 @@ def select_best(scores, n_eligible_from, ratio):
     return np.sort(order[:k]), gap
 
 
+def deviations(cache, exact, layer=1):
+    """Squared distance [T] of the cached V of a layer from the exact one, over K/V heads and channels."""
+    return ((exact.v[layer] - cache.v[layer]) ** 2).sum(axis=(1, 2))
+
+
 def select_epic(request, epic_k=16):
     """The first epic_k rows of every chunk but the first."""
     o = request.offsets
@@ -359,7 +364,7 @@ class Result:
 
 def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_layer_choice="published", max_new=32,
             score_rows="question", chosen=(), epic_k=16):
-    """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, and random with the set `chosen`."""
+    """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, cacheblend, and random with the set `chosen`."""
     context, first_eligible = request.context, request.offsets[1]
     selected, scores, gap = np.empty(0, np.int64), None, np.inf
     if method == "full":
@@ -373,6 +378,12 @@ def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_l
             layers = score_layers(model.config.n_layer, score_layer_choice)
             scores = combine_scores(question_attention(model, cache, rows, layers), len(context), score)
             selected, gap = select_best(scores, first_eligible, ratio)
+        elif method == "cacheblend":
+            exact, _ = full_prefill(model, context)  # what running layer 0 on all rows gives layer 1
+            scores = deviations(cache, exact)
+            selected, gap = select_best(scores, first_eligible, ratio)
+            if len(selected):  # the check layer's K/V of all rows are replaced
+                cache.k[1][:], cache.v[1][:] = exact.k[1], exact.v[1]
         elif method == "epic":
             selected = select_epic(request, epic_k)
         elif method == "epic_budget":
