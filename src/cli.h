@@ -11,7 +11,8 @@
 
 typedef struct cli_options {
     const char *model, *requests, *out, *run;
-    const char *method, *ratio, *exchange, *score, *score_rows, *score_layers, *placement;
+    const char *method, *ratio, *exchange, *score, *score_rows, *score_layers, *geometry, *hp,
+        *placement;
     const char *backend, *comm;
     int64_t chunk, max_new, epic_k, ranks, threads;
     uint64_t seed, random_weights;

@@ -33,6 +33,8 @@ ifkv_prefill_options cli_prefill_options(const cli_options *options,
         .score = options->score,
         .score_rows = options->score_rows,
         .score_layers = options->score_layers,
+        .geometry = options->geometry,
+        .hp = options->hp,
         .placement = options->placement,
         .chunk = options->chunk,
         .max_new = options->max_new,
@@ -202,15 +204,16 @@ static ifkv_status open_output(prefill_run *run) {
      * number of them */
     const bool is_rank_bound = o->exchange && !strcmp(o->exchange, "local");
     snprintf(run->what, sizeof run->what,
-             "method=%s;ratio=%s;exchange=%s;chunk=%lld;score=%s;score_rows=%s;score_layers=%s;max_"
-             "new=%lld;seed=%llu;epic_k=%lld;"
+             "method=%s;ratio=%s;exchange=%s;chunk=%lld;score=%s;score_rows=%s;score_layers=%s;"
+             "geometry=%s;hp=%s;max_new=%lld;seed=%llu;epic_k=%lld;"
              "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d",
              or_default(o->method, "infoflow"), or_default(o->ratio, "0.15"),
              or_default(o->exchange, "query"), (long long)o->chunk, or_default(o->score, "l2"),
              or_default(o->score_rows, "question"), or_default(o->score_layers, "published"),
-             (long long)o->max_new, (unsigned long long)o->seed,
-             (long long)(o->epic_k ? o->epic_k : 16), o->has_random_weights ? "random-" : "file-",
-             (unsigned long long)o->random_weights, or_default(o->backend, "auto"),
+             or_default(o->geometry, "global"), or_default(o->hp, "shared"), (long long)o->max_new,
+             (unsigned long long)o->seed, (long long)(o->epic_k ? o->epic_k : 16),
+             o->has_random_weights ? "random-" : "file-", (unsigned long long)o->random_weights,
+             or_default(o->backend, "auto"),
              is_rank_bound || o->save_kv ? ifkv_comm_size(run->comm) : 0, o->save_kv,
              o->save_logits, o->save_scores);
     run->output_options = (ifkv_output_options){

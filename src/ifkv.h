@@ -195,7 +195,9 @@ typedef struct ifkv_prefill_options {
     bool keep_scores;        /* result.scores is filled */
     ifkv_progress_fn progress;
     void *progress_arg;
-    int64_t epic_k; /* of method "epic": rows at the head of each chunk; 0: 16 */
+    const char *geometry; /* of scoring; NULL: "global"; "hl-tp", "hl-hp", "tl-tp" */
+    const char *hp;       /* of geometry "hl-hp"; NULL: "shared"; "per_chunk" */
+    int64_t epic_k;       /* of method "epic": rows at the head of each chunk; 0: 16 */
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */
@@ -241,6 +243,8 @@ typedef struct ifkv_result {
     int64_t bytes_total;                                /* received, sum over stages and ranks */
     size_t memory_weights, memory_planned, memory_peak; /* bytes, maximum over ranks */
     const char *score_layers; /* as used: "22,23,24,25"; "" if no attention was scored */
+    const char *geometry;     /* as used while scoring: "global"; "" if no attention was scored */
+    const char *hp;           /* "shared" or "per_chunk" under "hl-hp", else "" */
 } ifkv_result;
 
 /* The result so far, the same on every rank except first_logits; arrays borrowed from the session.

@@ -8,6 +8,7 @@
 #ifndef IFKV_SRC_SELECT_H
 #define IFKV_SRC_SELECT_H
 
+#include "geometry.h"
 #include "layer.h"
 #include "placement.h"
 
@@ -28,8 +29,9 @@ typedef struct ifkv_select_input {
     const int32_t *token; /* [kept rows] ids of this rank's rows, in shard order */
     int64_t budget;       /* k = |S| */
     uint64_t seed;
-    int64_t epic_k;  /* of `epic`: rows at the head of each chunk */
-    int check_layer; /* of `cacheblend`: 1, or 0 where nothing can deviate */
+    int64_t epic_k;         /* of `epic`: rows at the head of each chunk */
+    int check_layer;        /* of `cacheblend`: 1, or 0 where nothing can deviate */
+    ifkv_geometry geometry; /* positions while scoring */
     ifkv_score_form form;
     int n_score_layer;
     int score_layer[IFKV_MAX_SCORE_LAYER]; /* ascending */

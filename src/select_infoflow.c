@@ -2,15 +2,18 @@
  *
  * The question's rows are replicated on every rank and run through the layers up to the last
  * scoring layer.  In each layer they see every context row, wherever it is, and the question
- * causally; nothing of theirs is kept.  In the scoring layers the exact probabilities of this
- * rank's keys are reduced to a score per row; scores are then gathered. Every sum over context keys
- * is cut at chunk boundaries and carried between ranks in the back end's part dtype (float64 on the
- * CPU), so that scores do not depend on the number of ranks: near-ties at the threshold lie as
- * close as a relative 1e-7. Source: algorithm 1.4, 1.5. */
+ * causally; nothing of theirs is kept.  Positions are those of the geometry: keys lie in the shard
+ * rotated at their index, and are rotated on by the difference, exact up to rounding.  In the
+ * scoring layers the exact probabilities of this rank's keys are reduced to a score per row; scores
+ * are then gathered. Every sum over context keys is cut at chunk boundaries and carried between
+ * ranks in the back end's part dtype (float64 on the CPU), so that scores do not depend on the
+ * number of ranks: near-ties at the threshold lie as close as a relative 1e-7. Source:
+ * algorithm 1.4, 1.5. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "rope.h"
 #include "select.h"
 
 /* Question rows as an exchange: store keeps the question's K/V for the layer, attend merges context
@@ -23,6 +26,7 @@ typedef struct question_exchange {
     size_t *bytes, *offset;      /* [size] host, owned: messages */
     bool is_lse_only;            /* last scoring layer: nothing reads the question's output */
     ifkv_view k, v;              /* the question's own, of this layer */
+    bool is_shifted;             /* the geometry moves keys */
 
     /* Back-end memory. */
     int64_t *copy_row;                /* [n_chunk * n_question] question row of each copy */
@@ -34,6 +38,8 @@ typedef struct question_exchange {
     ifkv_view rank_lse;   /* [size * n_question, n_head] part dtype, where only the lse travels */
     ifkv_view own_part;   /* [n_question, q + n_head] float32: over the question itself */
     ifkv_view lse;        /* [n_question, n_head] float32: over everything */
+    ifkv_view shifted_k;  /* [kept rows, kv] keys of this layer in the geometry, if it moves them */
+    ifkv_view shift;      /* [kept rows, d_head] float32: cosines and sines of the way there */
 } question_exchange;
 
 typedef struct select_infoflow {
@@ -57,6 +63,7 @@ static ifkv_status question_init(question_exchange *x, const ifkv_select_input *
     x->base.shape.n_kv_head = input->model->config.n_kv_head;
     x->base.shape.d_head = input->model->config.d_head;
     x->n_question = input->n_question;
+    x->is_shifted = input->geometry != IFKV_GEOMETRY_GLOBAL;
     x->n_chunk = ifkv_placement_chunks(placement, rank);
     const int64_t n_part = (x->n_chunk > size ? x->n_chunk : size) + 1;
     x->chunk_slot = malloc(((size_t)x->n_chunk + 1) * sizeof *x->chunk_slot);
@@ -69,7 +76,7 @@ static ifkv_status question_init(question_exchange *x, const ifkv_select_input *
     return IFKV_OK;
 }
 
-static void question_layout(question_exchange *x, ifkv_arena *arena) {
+static void question_layout(question_exchange *x, int64_t n_kept, ifkv_arena *arena) {
     const ifkv_backend_ops *ops = x->base.backend->ops;
     const int64_t n = x->n_question, copies = x->n_chunk * n, size = x->base.comm->size;
     const int64_t n_head = x->base.shape.n_head, q = n_head * x->base.shape.d_head;
@@ -84,6 +91,10 @@ static void question_layout(question_exchange *x, ifkv_arena *arena) {
     x->rank_lse = ifkv_arena_view(arena, ops->part_dtype, size * n, n_head);
     x->own_part = ifkv_arena_view(arena, IFKV_DTYPE_F32, n, q + n_head);
     x->lse = ifkv_arena_view(arena, IFKV_DTYPE_F32, n, n_head);
+    if (!x->is_shifted) return;
+    x->shifted_k = ifkv_arena_view(arena, ops->dtype, n_kept,
+                                   (int64_t)x->base.shape.n_kv_head * x->base.shape.d_head);
+    x->shift = ifkv_arena_view(arena, IFKV_DTYPE_F32, n_kept, x->base.shape.d_head);
 }
 
 /* Upload the spans; stage holds 3 * copies or 2 * n_question values. */
@@ -159,12 +170,25 @@ static void list_part(question_exchange *x, int64_t i, int64_t n_part, const ifk
     x->views[n_part + i] = ifkv_view_block(part, 0, part->n_row, cols, n_head);
 }
 
+/* Keys of this rank as the geometry places them; rotated by `shift_keys` before. */
+static ifkv_view placed_keys(const question_exchange *x, int layer) {
+    return x->is_shifted ? x->shifted_k : ifkv_kvcache_k(x->base.cache, layer);
+}
+
+static ifkv_status shift_keys(question_exchange *x, int layer) {
+    ifkv_backend *backend = x->base.backend;
+    const ifkv_view k = ifkv_kvcache_k(x->base.cache, layer);
+    IFKV_TRY(backend->ops->gather(backend, &k, NULL, &x->shifted_k));
+    return backend->ops->rope(backend, &x->shifted_k, x->base.shape.n_kv_head, NULL, 0, &x->shift);
+}
+
 /* This rank's part: attention over each of its chunks, merged in chunk order. */
 static ifkv_status attend_chunks(question_exchange *x, int layer, const ifkv_view *q,
                                  const ifkv_kvcache *cache) {
     ifkv_backend *backend = x->base.backend;
     const int64_t n = x->n_question, rank = x->base.comm->rank, n_head = x->base.shape.n_head;
-    const ifkv_view k = ifkv_kvcache_k(cache, layer), v = ifkv_kvcache_v(cache, layer);
+    if (x->is_shifted) IFKV_TRY(shift_keys(x, layer));
+    const ifkv_view k = placed_keys(x, layer), v = ifkv_kvcache_v(cache, layer);
     IFKV_TRY(backend->ops->gather(backend, q, x->copy_row, &x->copies));
     IFKV_TRY(attend_part(x, &x->copies, &k, &v, x->chunk_begin, x->chunk_end, &x->chunk_part));
     for (int64_t i = 0; i < x->n_chunk; i++) {
@@ -244,10 +268,35 @@ static void infoflow_layout(ifkv_selector *selector, ifkv_arena *arena) {
     const ifkv_select_input *input = &selector->input;
     const size_t mark = ifkv_arena_mark(arena);
     ifkv_scores_layout(&self->scores, input, arena);
-    question_layout(&self->exchange, arena);
+    question_layout(&self->exchange, kept_rows(input), arena);
     ifkv_pass_layout(&self->pass, arena, input->backend->ops->dtype);
     ifkv_arena_reset(arena, mark); /* choosing comes after scoring */
     ifkv_scores_layout_best(&self->scores, input, arena);
+}
+
+/* The rotation from a row's index to its place in the geometry. */
+static ifkv_status begin_shift(question_exchange *x, const ifkv_select_input *input) {
+    const int64_t n_row = kept_rows(input), d_head = x->base.shape.d_head;
+    const size_t bytes = (size_t)(n_row * d_head) * sizeof(float);
+    int64_t *position = malloc((size_t)n_row * sizeof *position + 1);
+    float *table = malloc(bytes + 1);
+    ifkv_status status = IFKV_OK;
+    if (!position || !table)
+        status =
+            IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "selector infoflow: out of host memory");
+    for (int64_t i = 0, row = 0; i < input->placement->n_chunk && status == IFKV_OK; i++)
+        for (int64_t index = input->placement->offset[i];
+             input->placement->rank[i] == input->comm->rank &&
+             index < input->placement->offset[i + 1];
+             index++)
+            position[row++] = ifkv_geometry_shift(input->geometry, input->placement, i, index);
+    if (status == IFKV_OK) {
+        ifkv_rope_table(input->frequency, (int)d_head, n_row, position, table);
+        status = input->backend->ops->upload(input->backend, x->shift.data, table, bytes);
+    }
+    free(position);
+    free(table);
+    return status;
 }
 
 static ifkv_status begin_question(select_infoflow *self) {
@@ -256,7 +305,10 @@ static ifkv_status begin_question(select_infoflow *self) {
     int64_t *stage = malloc(((size_t)(3 * copies) + 2 * (size_t)n) * sizeof *stage);
     IFKV_REQUIRE(stage, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "selector infoflow: out of host memory");
     ifkv_status status = question_begin(&self->exchange, stage);
-    for (int64_t i = 0; i < n; i++) stage[i] = input->placement->n_context + i;
+    const int64_t first = ifkv_geometry_question(input->geometry, input->placement);
+    for (int64_t i = 0; i < n; i++) stage[i] = first + i;
+    if (status == IFKV_OK && self->exchange.is_shifted)
+        status = begin_shift(&self->exchange, input);
     if (status == IFKV_OK)
         status = ifkv_pass_begin(&self->pass, input->backend, n, input->question, stage, 1,
                                  (int64_t[]){0, n});
@@ -271,7 +323,7 @@ static ifkv_status score_layer(select_infoflow *self, int layer) {
     const question_exchange *x = &self->exchange;
     const ifkv_exchange_shape *shape = &x->base.shape;
     const int64_t n_row = kept_rows(input);
-    ifkv_view k = ifkv_kvcache_k(input->cache, layer);
+    ifkv_view k = placed_keys(x, layer);
     k.n_row = n_row;
     const ifkv_score_args args = {
         .n_head = shape->n_head,

@@ -255,6 +255,7 @@ static ifkv_status plan_selection(ifkv_session *session) {
     int64_t num = 0, den = 1;
     IFKV_TRY(ifkv_ratio_parse(options->ratio ? options->ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options->score ? options->score : "l2", &input.form));
+    IFKV_TRY(ifkv_geometry_parse(options->geometry, options->hp, &input.geometry));
     IFKV_TRY(ifkv_score_layers_parse(options->score_layers ? options->score_layers : "published",
                                      engine->model.config.n_layer, &input));
     const int64_t n_eligible = session->n_context - ifkv_select_first(&session->placement);
@@ -270,7 +271,10 @@ static ifkv_status plan_selection(ifkv_session *session) {
 
     const bool is_scoring = ops->has_scores && (input.budget > 0 || options->keep_scores);
     if (is_scoring) {
-        if (ops->is_question_scored) print_score_layers(session, &input);
+        if (ops->is_question_scored) {
+            print_score_layers(session, &input);
+            session->geometry = input.geometry;
+        }
         session->scores = malloc((size_t)session->n_context * sizeof *session->scores);
         IFKV_REQUIRE(session->scores, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
                      "session: out of host memory");
@@ -339,6 +343,7 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     const char *method = options.method, *exchange = options.exchange, *rows = options.score_rows;
     int64_t num, den;
     ifkv_score_form form;
+    ifkv_geometry geometry;
     ifkv_placement_kind kind;
     ifkv_select_input *layers;
     IFKV_REQUIRE(!method || !strcmp(method, "full") || ifkv_select_find(method), IFKV_ERR_USAGE,
@@ -352,6 +357,7 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
                  ifkv_quote(rows, strlen(rows), shown));
     IFKV_TRY(ifkv_ratio_parse(options.ratio ? options.ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options.score ? options.score : "l2", &form));
+    IFKV_TRY(ifkv_geometry_parse(options.geometry, options.hp, &geometry));
     IFKV_TRY(find_placement(options.placement, &kind));
     IFKV_REQUIRE(options.chunk >= 0 && options.chunk <= max_tokens, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "chunk: got %lld, expected a number of tokens", (long long)options.chunk);
@@ -403,9 +409,9 @@ static ifkv_status digest_plan(ifkv_session *session) {
     add_text(digest, session->scores ? session->score_layers : "");
     add_text(digest, session->scores && options->score ? options->score : "l2");
     const int64_t number[] = {
-        session->n_context,        session->n_prompt,   session->n_question,
-        session->n_selected,       session->max_new,    session->scores != NULL,
-        options->selected != NULL, placement->n_prefix, placement->n_chunk};
+        session->n_context, session->n_prompt,       session->n_question,       session->n_selected,
+        session->max_new,   session->scores != NULL, options->selected != NULL, placement->n_prefix,
+        placement->n_chunk, session->geometry};
     for (size_t i = 0; i < sizeof number / sizeof *number; i++)
         ifkv_digest_add_u64(digest, (uint64_t)number[i]);
     for (int64_t i = 0; i < placement->n_chunk; i++) {

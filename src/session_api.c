@@ -170,6 +170,8 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .answer = session->answer,
         .n_answer = session->n_answer,
         .score_layers = session->score_layers,
+        .geometry = *session->score_layers ? ifkv_geometry_name(session->geometry) : "",
+        .hp = *session->score_layers ? ifkv_geometry_hp_name(session->geometry) : "",
     };
     IFKV_TRY(reduce_result(session, &result));
     return ifkv_struct_write(caller_result, &result, sizeof result, "result");

@@ -3,9 +3,9 @@
  * Each test is named after its claim, with the invariant's number.  Requests are awkward on
  * purpose: a chunk of one token, fewer chunks than ranks, one chunk, no prefix, a prompt of one
  * token, a question that is not the prompt.  Ranks are threads: 1, 2, 3, 5 and 8 of them.
- * Not here: I13 of one operation, I18's question mass (test_backend); I15, I19, I20, I21's keep
- * selectors, I25, I26, I27, I17 and I14's other exchanges: the forms that they compare do not exist
- * yet. */
+ * Not here: I13 of one operation, I18's question mass (test_backend); I19 and cacheblend
+ * (test_selectors); I15, I20, I21's keep selectors, I25, I26, I27, I17 and I14's other exchanges:
+ * the forms that they compare do not exist yet. */
 #include "tiny.h"
 
 #include "agree.h"
@@ -818,6 +818,7 @@ static void i23_options_that_differ_stop_all(void **state) {
         ODD("score", .score = "l1"),
         ODD("score_rows", .score_rows = "prompt"),
         ODD("score_layers", .score_layers = "0"),
+        ODD("geometry", .geometry = "hl-tp"),
         ODD("placement", .placement = "contiguous"),
         ODD("chunk", .chunk = 19),
         ODD("selected", .selected = some, .n_selected = 3),

@@ -393,6 +393,75 @@ static void epic_budget_stays_within_one_of_the_share(void **state) {
     ifkv_placement_fini(&placement);
 }
 
+static void geometries_by_name(void **state) {
+    (void)state;
+    static const struct {
+        const char *name, *hp;
+        ifkv_geometry geometry;
+        const char *hp_shown;
+    } good[] = {{NULL, NULL, IFKV_GEOMETRY_GLOBAL, ""},
+                {"global", "shared", IFKV_GEOMETRY_GLOBAL, ""},
+                {"hl-tp", NULL, IFKV_GEOMETRY_HL_TP, ""},
+                {"hl-hp", NULL, IFKV_GEOMETRY_HL_HP, "shared"},
+                {"hl-hp", "shared", IFKV_GEOMETRY_HL_HP, "shared"},
+                {"hl-hp", "per_chunk", IFKV_GEOMETRY_HL_HP_PER_CHUNK, "per_chunk"},
+                {"tl-tp", NULL, IFKV_GEOMETRY_TL_TP, ""}};
+    ifkv_geometry geometry;
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        assert_ok(ifkv_geometry_parse(good[i].name, good[i].hp, &geometry));
+        assert_int_equal(geometry, good[i].geometry);
+        assert_string_equal(ifkv_geometry_name(geometry), good[i].name ? good[i].name : "global");
+        assert_string_equal(ifkv_geometry_hp_name(geometry), good[i].hp_shown);
+    }
+    static const char *const bad[] = {"", "GLOBAL", "hl", "tl-hp", "hl_tp", "hl-hp "};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        assert_fails(ifkv_geometry_parse(bad[i], NULL, &geometry), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                     "geometry");
+        assert_fails(ifkv_geometry_parse("hl-hp", bad[i], &geometry), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                     "hp");
+    }
+    assert_fails(ifkv_geometry_parse("tl-tp", "per_chunk", &geometry), IFKV_ERR_USAGE,
+                 IFKV_E_CONFLICT, "hl-hp");
+    assert_fails(ifkv_geometry_parse(NULL, "per_chunk", &geometry), IFKV_ERR_USAGE, IFKV_E_CONFLICT,
+                 "hl-hp");
+}
+
+/* Positions of all context rows, then of scoring row 0. */
+static void assert_positions(ifkv_geometry geometry, const ifkv_placement *placement,
+                             const int64_t *want) {
+    for (int64_t i = 0; i < placement->n_chunk; i++)
+        for (int64_t index = placement->offset[i]; index < placement->offset[i + 1]; index++)
+            assert_int_equal(index + ifkv_geometry_shift(geometry, placement, i, index),
+                             want[index]);
+    assert_int_equal(ifkv_geometry_question(geometry, placement), want[placement->n_context]);
+}
+
+/* A prefix of 2, chunks of 3, 1 and 4. */
+static void geometry_positions_by_hand(void **state) {
+    (void)state;
+    ifkv_placement placement = place(IFKV_PLACE_ZIGZAG, 2, 2, 3, (int64_t[]){0, 3, 4, 8});
+    assert_positions(IFKV_GEOMETRY_GLOBAL, &placement,
+                     (int64_t[]){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10});
+    assert_positions(IFKV_GEOMETRY_HL_TP, &placement,
+                     (int64_t[]){0, 1, 2, 3, 4, 2, 2, 3, 4, 5, 10});
+    assert_positions(IFKV_GEOMETRY_HL_HP, &placement, (int64_t[]){0, 1, 2, 3, 4, 2, 2, 3, 4, 5, 6});
+    /* distances of a question at 5, 3 and 6: chunks end before 6, the prefix stays before chunk 0
+     */
+    assert_positions(IFKV_GEOMETRY_HL_HP_PER_CHUNK, &placement,
+                     (int64_t[]){1, 2, 3, 4, 5, 5, 2, 3, 4, 5, 6});
+    assert_positions(IFKV_GEOMETRY_TL_TP, &placement,
+                     (int64_t[]){0, 1, 7, 8, 9, 9, 6, 7, 8, 9, 10});
+    ifkv_placement_fini(&placement);
+}
+
+static void geometries_coincide_for_one_chunk(void **state) {
+    (void)state;
+    ifkv_placement placement = place(IFKV_PLACE_ZIGZAG, 2, 2, 1, (int64_t[]){0, 5});
+    for (int g = IFKV_GEOMETRY_GLOBAL; g <= IFKV_GEOMETRY_TL_TP; g++)
+        assert_positions((ifkv_geometry)g, &placement, (int64_t[]){0, 1, 2, 3, 4, 5, 6, 7});
+    ifkv_placement_fini(&placement);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(ratio_is_an_exact_decimal),
@@ -411,6 +480,9 @@ int main(void) {
         cmocka_unit_test(random_rows_are_eligible_distinct_and_ascending),
         cmocka_unit_test(random_depends_on_seed_and_index_only),
         cmocka_unit_test(random_is_uniform),
+        cmocka_unit_test(geometries_by_name),
+        cmocka_unit_test(geometry_positions_by_hand),
+        cmocka_unit_test(geometries_coincide_for_one_chunk),
         cmocka_unit_test(epic_takes_the_heads_of_all_chunks_but_the_first),
         cmocka_unit_test(epic_with_heads_as_long_as_chunks_is_all),
         cmocka_unit_test(epic_budget_deals_by_largest_remainder),

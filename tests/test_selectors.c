@@ -1,4 +1,5 @@
-/* Selectors that run layers of their own, against full prefill and themselves: cacheblend.
+/* Selectors that run layers of their own, against full prefill and themselves: cacheblend, and
+ * infoflow under its geometries.
  *
  * One process, random weights, ranks as threads; invariants by the numbers of algorithm section 8.
  * Values against the float64 reference: test_selectors.py. */
@@ -273,6 +274,88 @@ static void i23_a_deviation_that_is_no_number_stops_all(void **state) {
     tiny_run_fini(&run);
 }
 
+static const ifkv_prefill_options geometries[] = {
+    {.ratio = "0.25"},
+    {.ratio = "0.25", .geometry = "hl-tp"},
+    {.ratio = "0.25", .geometry = "hl-hp"},
+    {.ratio = "0.25", .geometry = "hl-hp", .hp = "per_chunk"},
+    {.ratio = "0.25", .geometry = "tl-tp"},
+};
+enum { GLOBAL, HL_TP, HL_HP, HL_HP_PER_CHUNK, TL_TP, N_GEOMETRY };
+
+/* To the bit: a rotation by nothing changes nothing. */
+static void i19_geometries_coincide_for_one_chunk(void **state) {
+    (void)state;
+    for (int size = 1; size <= 2; size++) {
+        tiny_run global = prefill(&cases[3], size, geometries[GLOBAL]);
+        for (int g = HL_TP; g < N_GEOMETRY; g++) {
+            tiny_run run = prefill(&cases[3], size, geometries[g]);
+            assert_same_selection(&run, &global);
+            tiny_run_fini(&run);
+        }
+        tiny_run_fini(&global);
+    }
+}
+
+/* Keys stand at other positions, so they are rotated otherwise: as far apart as two roundings. */
+static void i19_head_local_per_chunk_is_tail_local_without_a_prefix(void **state) {
+    (void)state;
+    for (int s = 0; s < N_SIZE; s++) {
+        tiny_run head = prefill(&cases[1], sizes[s], geometries[HL_HP_PER_CHUNK]),
+                 tail = prefill(&cases[1], sizes[s], geometries[TL_TP]);
+        assert_within(tiny_error(head.scores, tail.scores, head.n_context), TINY_TOLERANCE);
+        tiny_run_fini(&head);
+        tiny_run_fini(&tail);
+    }
+}
+
+static void geometries_differ_for_more_chunks(void **state) {
+    (void)state;
+    for (int c = 0; c < 3; c += 2) { /* with a prefix */
+        tiny_run run[N_GEOMETRY];
+        for (int g = 0; g < N_GEOMETRY; g++) run[g] = prefill(&cases[c], 1, geometries[g]);
+        for (int a = 0; a < N_GEOMETRY; a++)
+            for (int b = 0; b < a; b++)
+                assert_true(tiny_error(run[a].scores, run[b].scores, run[a].n_context) > 1e-4);
+        for (int g = 0; g < N_GEOMETRY; g++) tiny_run_fini(&run[g]);
+    }
+}
+
+/* As under GLOBAL: parts are merged in float64 and rounded once, so bits differ rarely, and never
+ * by more than a relative 1e-6. */
+static void i11_geometry_scores_ignore_ranks_and_placement(void **state) {
+    (void)state;
+    static const char *const placements[] = {"zigzag", "contiguous", "longest"};
+    for (int c = 0; c < 3; c++)
+        for (int g = HL_TP; g < N_GEOMETRY; g++) {
+            ifkv_prefill_options options = geometries[g];
+            tiny_run one = prefill(&cases[c], 0, options);
+            for (int s = 0; s < N_SIZE; s++) {
+                options.placement = placements[(s + g) % 3];
+                tiny_run run = prefill(&cases[c], sizes[s], options);
+                for (int64_t i = 0; i < one.n_context; i++)
+                    assert_within(fabs((double)run.scores[i] - (double)one.scores[i]),
+                                  1e-6 * (double)one.scores[i]);
+                tiny_run_fini(&run);
+            }
+            tiny_run_fini(&one);
+        }
+}
+
+/* Scoring places keys in a copy: the cache is that of the same selection given. */
+static void geometry_leaves_the_cache_alone(void **state) {
+    (void)state;
+    for (int g = HL_TP; g < N_GEOMETRY; g++) {
+        tiny_run run = prefill(&cases[0], 2, geometries[g]);
+        tiny_run given =
+            prefill(&cases[0], 2,
+                    (ifkv_prefill_options){.selected = run.selected, .n_selected = run.n_selected});
+        assert_true(tiny_same_rows(&run, &given));
+        tiny_run_fini(&given);
+        tiny_run_fini(&run);
+    }
+}
+
 int main(void) {
     seed = tiny_seed();
     const struct CMUnitTest tests[] = {
@@ -286,6 +369,11 @@ int main(void) {
         cmocka_unit_test(i21_cacheblend_at_layer_0_deviates_nowhere),
         cmocka_unit_test(i23_a_deviation_that_is_no_number_stops_all),
         cmocka_unit_test(cacheblend_needs_two_layers),
+        cmocka_unit_test(i19_geometries_coincide_for_one_chunk),
+        cmocka_unit_test(i19_head_local_per_chunk_is_tail_local_without_a_prefix),
+        cmocka_unit_test(geometries_differ_for_more_chunks),
+        cmocka_unit_test(i11_geometry_scores_ignore_ranks_and_placement),
+        cmocka_unit_test(geometry_leaves_the_cache_alone),
     };
     return cmocka_run_group_tests_name("selectors", tests, make_cases, free_cases);
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Selection methods of the ifkv binary against the float64 reference, both run here: python3 tests/test_selectors.py.
 
-test_golden.py holds full, none and infoflow to figures from a file; here the other methods meet the reference itself,
-on tiny models and awkward requests, on one rank and on three.  Needs numpy and h5py; IFKV_BIN names the binary.
+test_golden.py holds full, none and infoflow to figures from a file; here the other methods, and infoflow's geometries,
+meet the reference itself, on tiny models and awkward requests, on one rank and on three.  Needs numpy and h5py; IFKV_BIN names the binary.
 Tolerance as in test_golden.py.  Requests are drawn until the reference leaves room at the threshold, so that sets are
 compared for identity.
 """
@@ -52,6 +52,11 @@ WAYS = {
     "epic_budget": Way(("--method", "epic_budget", "--ratio", "0.3"), (("method", "epic_budget"), ("ratio", "0.3"))),
     "cacheblend": Way(("--method", "cacheblend", "--ratio", "0.2"), (("method", "cacheblend"), ("ratio", "0.2")), True),
     "cacheblend_0": Way(("--method", "cacheblend", "--ratio", "0"), (("method", "cacheblend"), ("ratio", "0")), True),
+    **{"-".join(geometry): Way(
+        ("--ratio", "0.3", "--score-layers", "wide", "--geometry", geometry[0], "--hp", geometry[1]),
+        (("ratio", "0.3"), ("score_layer_choice", "wide"), ("geometry", geometry[0]), ("hp", geometry[1])), True)
+       for geometry in (("global", "shared"), ("hl-tp", "shared"), ("hl-hp", "shared"), ("hl-hp", "per_chunk"),
+                        ("tl-tp", "shared"))},
 }
 _scratch = None
 

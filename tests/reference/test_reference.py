@@ -326,6 +326,43 @@ class Selection(unittest.TestCase):
         self.assertEqual(reference.select_epic_budget(request, "0.35").tolist(), [4, 5, 9, 10, 11, 16, 17])
 
 
+class Geometries(WithModels):
+    ALL = (("global", "shared"), ("hl-tp", "shared"), ("hl-hp", "shared"), ("hl-hp", "per_chunk"), ("tl-tp", "shared"))
+
+    def scores(self, model, request, geometry, hp):
+        return reference.prefill(model, request, "infoflow", "0.2", max_new=1, geometry=geometry, hp=hp).scores
+
+    def test_places_by_hand(self):
+        request = reference.Request([1, 1], [[2] * 3, [3], [4] * 4], [8], [8])
+        rows = lambda *geometry: [x.tolist() for x in reference.scoring_places(request, *geometry)]
+        self.assertEqual(rows("global"), [list(range(10)), [10] * 10])
+        self.assertEqual(rows("hl-tp"), [[0, 1, 2, 3, 4, 2, 2, 3, 4, 5], [10] * 10])
+        self.assertEqual(rows("hl-hp"), [[0, 1, 2, 3, 4, 2, 2, 3, 4, 5], [6] * 10])
+        self.assertEqual(rows("hl-hp", "per_chunk"), [[0, 1, 2, 3, 4, 2, 2, 3, 4, 5], [5] * 5 + [3] + [6] * 4])
+        self.assertEqual(rows("tl-tp"), [[0, 1, 7, 8, 9, 9, 6, 7, 8, 9], [10] * 10])
+
+    def test_all_coincide_for_one_chunk(self):
+        for model in self.each_model():
+            request = make_request(model, n_chunks=(17,))
+            for geometry in self.ALL[1:]:
+                self.assert_close(self.scores(model, request, *geometry), self.scores(model, request, *self.ALL[0]))
+
+    def test_head_local_per_chunk_is_tail_local_without_a_prefix(self):
+        for model in self.each_model():
+            request = make_request(model)
+            request.prefix = []
+            self.assert_close(self.scores(model, request, "hl-hp", "per_chunk"),
+                              self.scores(model, request, "tl-tp", "shared"))
+
+    def test_they_differ_for_more_chunks(self):
+        for model in self.each_model():
+            request = make_request(model)
+            found = [self.scores(model, request, *geometry) for geometry in self.ALL]
+            for i in range(len(found)):
+                for j in range(i):
+                    self.assertGreater(np.abs(found[i] / found[j] - 1).max(), 1e-3)
+
+
 class Deviations(WithModels):
     def test_layer_0_deviates_nowhere_and_chunk_0_in_no_layer(self):
         for model in self.each_model():
