@@ -113,6 +113,9 @@ typedef struct ifkv_backend_ops {
     ifkv_status (*attention)(ifkv_backend *backend, const ifkv_attention_args *args);
     ifkv_status (*merge)(ifkv_backend *backend, const ifkv_merge_args *args);
     ifkv_status (*score)(ifkv_backend *backend, const ifkv_score_args *args);
+    /* out[i] = sum over columns of (a[i] - b[i])^2; out [n_row] float32 in back-end memory. */
+    ifkv_status (*row_distance)(ifkv_backend *backend, const ifkv_view *a, const ifkv_view *b,
+                                float *out);
     /* The k best of value [n]: largest first, ties to the lower index; -0 equals +0.  Written in
      * ascending index order to index [k].  NaN must not occur.  Scratch is the caller's: [n] int64
      * in back-end memory.

@@ -98,6 +98,7 @@ static const ifkv_backend_ops cpu_ops = {
     .attention = ifkv_cpu_attention,
     .merge = ifkv_cpu_merge,
     .score = ifkv_cpu_score,
+    .row_distance = ifkv_cpu_row_distance,
     .top_k = ifkv_cpu_top_k,
 };
 

@@ -85,6 +85,8 @@ ifkv_status ifkv_cpu_gather(ifkv_backend *backend, const ifkv_view *from, const 
                             const ifkv_view *to);
 ifkv_status ifkv_cpu_scatter(ifkv_backend *backend, const ifkv_view *from, const int64_t *row,
                              const ifkv_view *to);
+ifkv_status ifkv_cpu_row_distance(ifkv_backend *backend, const ifkv_view *a, const ifkv_view *b,
+                                  float *out);
 ifkv_status ifkv_cpu_attention(ifkv_backend *backend, const ifkv_attention_args *args);
 ifkv_status ifkv_cpu_merge(ifkv_backend *backend, const ifkv_merge_args *args);
 ifkv_status ifkv_cpu_score(ifkv_backend *backend, const ifkv_score_args *args);

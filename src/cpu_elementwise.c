@@ -1,5 +1,5 @@
-/* Row-wise operations: RMS norm, rotation, SwiGLU, gather and scatter, and the exponential that
- * they and attention share.
+/* Row-wise operations: RMS norm, rotation, SwiGLU, gather and scatter, distances of rows, and the
+ * exponential that they and attention share.
  *
  * Knows no matrix product.  Rows are dealt to threads; a row is reduced over IFKV_CPU_LANES partial
  * sums in a fixed order, so its bits depend on its values alone. */
@@ -216,5 +216,29 @@ ifkv_status ifkv_cpu_scatter(ifkv_backend *backend, const ifkv_view *from, const
     for (int64_t i = 0; i < n; i++)
         memcpy(target + (size_t)((row ? row[i] : i) * to->stride) * element,
                source + (size_t)(i * from->stride) * element, bytes);
+    return IFKV_OK;
+}
+
+/* In float64 and in the order of the columns: nearly equal rows are told apart, and a distance does
+ * not depend on what else is in the call. */
+static double squared_distance(const float *a, const float *b, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const double difference = (double)a[i] - (double)b[i];
+        sum += difference * difference;
+    }
+    return sum;
+}
+
+ifkv_status ifkv_cpu_row_distance(ifkv_backend *backend, const ifkv_view *a, const ifkv_view *b,
+                                  float *out) {
+    const int64_t n_row = a->n_row, n_col = a->n_col;
+    IFKV_TRY(ifkv_cpu_check_view("row_distance", "a", a, IFKV_DTYPE_F32, n_row, n_col));
+    IFKV_TRY(ifkv_cpu_check_view("row_distance", "b", b, IFKV_DTYPE_F32, n_row, n_col));
+    const float *x = a->data, *y = b->data;
+#pragma omp parallel for num_threads(backend->n_thread)                                            \
+    schedule(static) if (ifkv_cpu_is_large(n_row * n_col))
+    for (int64_t row = 0; row < n_row; row++)
+        out[row] = (float)squared_distance(x + row * a->stride, y + row * b->stride, n_col);
     return IFKV_OK;
 }

@@ -56,7 +56,8 @@ typedef struct ifkv_exchange_ops {
     /* Take what the exchange needs for passes up to the shape.  Local; runs twice. */
     void (*layout)(ifkv_exchange *exchange, ifkv_arena *arena);
     /* The shards hold one more layer of the context: send what other ranks' rows will see of it.
-     * Layers come in ascending order from 0; nothing is sent if the shape has no rows. */
+     * Layers come in ascending order from 0, and again where the shards change before the first
+     * pass; nothing is sent if the shape has no rows. */
     ifkv_status (*share)(ifkv_exchange *exchange, int layer);
     /* Route a pass: who sends which row to whom.  Allocates nothing. */
     ifkv_status (*begin)(ifkv_exchange *exchange, const ifkv_exchange_rows *rows);

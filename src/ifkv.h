@@ -215,8 +215,9 @@ typedef void (*ifkv_progress_fn)(void *arg, ifkv_stage stage, int64_t done, int6
 
 typedef struct ifkv_prefill_options {
     size_t size;
-    const char *method;       /* NULL: "infoflow"; "none", "all", "random", "full"; "ring" and
-                                 "allgather" are their own exchange */
+    const char *method;       /* NULL: "infoflow"; "none", "all", "random", "epic", "epic_budget",
+                                 "cacheblend", "full"; "ring" and "allgather" are their own
+                                 exchange */
     const char *exchange;     /* NULL: "auto"; "query", "delta"; "kv", "local": not exact */
     const char *ratio;        /* exact decimal in [0, 1], NULL: "0.15" */
     const char *score;        /* NULL: "l2"; "l1", "mass", "l2h" */
@@ -228,14 +229,17 @@ typedef struct ifkv_prefill_options {
     int64_t max_new; /* generated tokens at most; 0: prefill only, which still chooses the first
                         token */
     uint64_t seed;   /* of method "random" */
-    const int64_t *selected; /* given selection instead of the method's own: ascending indices of
-                                eligible rows, */
+    const int64_t *selected; /* given selection instead of the method's own, which then looks at
+                                nothing: ascending indices of eligible rows, */
     int64_t n_selected;      /*   borrowed for the session; NULL: the method selects */
     bool keep_scores;        /* result.scores is filled */
     ifkv_progress_fn progress;
     void *progress_arg;
     const ifkv_store *store; /* this rank's chunk store, on every rank or on none; NULL: none.  Bits
                                 do not depend on what is in it.  Not used by exact methods */
+    const char *geometry;    /* of scoring; NULL: "global"; "hl-tp", "hl-hp", "tl-tp" */
+    const char *hp;          /* of geometry "hl-hp"; NULL: "shared"; "per_chunk" */
+    int64_t epic_k;          /* of method "epic": rows at the head of each chunk; 0: 16 */
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */
@@ -281,8 +285,10 @@ typedef struct ifkv_result {
     int64_t bytes[IFKV_N_STAGE];                        /* received by stage, maximum over ranks */
     int64_t bytes_total;                                /* received, sum over stages and ranks */
     size_t memory_weights, memory_planned, memory_peak; /* bytes, maximum over ranks */
-    const char *score_layers;         /* as used: "22,23,24,25"; "" if nothing was scored */
-    bool has_store;                   /* a chunk store was used */
+    const char *score_layers; /* as used: "22,23,24,25"; "" if no attention was scored */
+    const char *geometry;     /* as used while scoring: "global"; "" if no attention was scored */
+    const char *hp;           /* "shared" or "per_chunk" under "hl-hp", else "" */
+    bool has_store;           /* a chunk store was used */
     int64_t store_hits, store_misses; /* entries, sum over ranks: chunks, and the prefix rows */
     int64_t store_tokens_hit;         /* context rows that were loaded, of n_context */
 } ifkv_result;
@@ -299,7 +305,7 @@ typedef struct ifkv_kv_rows {
     const int64_t *index;         /* [n_row] place in the sequence */
     const int64_t *position;      /* [n_row] rotary position */
     const int32_t *token;         /* [n_row] */
-    const uint8_t *recomputed;    /* [n_row] 1 if recompute rewrote the row */
+    const uint8_t *recomputed;    /* [n_row] 1 if recompute rewrote the row in every layer but 0 */
     const int64_t *chunk_offsets; /* [n_chunk + 1] of the whole context, in index */
 } ifkv_kv_rows;
 

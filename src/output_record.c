@@ -132,6 +132,8 @@ static ifkv_status write_texts(ifkv_h5 *file, const ifkv_result *r) {
         {"finish", r->finish},
         {"selected_digest", hex},
         {"score_layers", r->score_layers},
+        {"geometry", r->geometry},
+        {"hp", r->hp},
     };
     for (size_t i = 0; i < sizeof field / sizeof *field; i++)
         if (field[i].text) IFKV_TRY(ifkv_h5_text_write(file, field[i].name, field[i].text));

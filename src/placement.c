@@ -189,6 +189,15 @@ int64_t ifkv_placement_encoded_rows(const ifkv_placement *placement, int rank) {
     return n;
 }
 
+void ifkv_placement_slots(const ifkv_placement *placement, int rank, int64_t *slot) {
+    *slot = 0;
+    for (int64_t i = 0; i < placement->n_chunk; i++) {
+        if (placement->rank[i] != rank) continue;
+        slot[1] = slot[0] + placement->offset[i + 1] - placement->offset[i];
+        slot++;
+    }
+}
+
 int64_t ifkv_placement_chunk_of(const ifkv_placement *placement, int64_t index) {
     int64_t low = 0, high = placement->n_chunk - 1;
     while (low < high) {

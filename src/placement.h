@@ -59,6 +59,9 @@ int64_t ifkv_placement_dropped(const ifkv_placement *placement, int64_t chunk);
 int64_t ifkv_placement_kept_rows(const ifkv_placement *placement, int rank);
 int64_t ifkv_placement_encoded_rows(const ifkv_placement *placement, int rank);
 int64_t ifkv_placement_chunks(const ifkv_placement *placement, int rank);
+/* slot [chunks of the rank + 1]: where each of its chunks begins among its kept rows, and their
+ * number. */
+void ifkv_placement_slots(const ifkv_placement *placement, int rank, int64_t *slot);
 /* The chunk that holds a context index. */
 int64_t ifkv_placement_chunk_of(const ifkv_placement *placement, int64_t index);
 /* The rank that stores the K/V of an index: its chunk's rank, or for prompt and generated rows

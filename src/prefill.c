@@ -112,7 +112,11 @@ ifkv_status ifkv_prefill_encode(ifkv_session *session) {
 
 ifkv_status ifkv_prefill_score(ifkv_session *session) {
     if (!session->scores) return IFKV_OK;
-    return session->selector->ops->score(session->selector, session->scores);
+    ifkv_selector *selector = session->selector;
+    IFKV_TRY(selector->ops->score(selector, session->scores));
+    /* what other ranks have been given of that layer is out of date */
+    if (selector->rewritten_layer < 0) return IFKV_OK;
+    return session->exchange->ops->share(session->exchange, selector->rewritten_layer);
 }
 
 ifkv_status ifkv_prefill_select(ifkv_session *session) {

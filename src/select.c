@@ -4,8 +4,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const ifkv_select_ops *const selectors[] = {&ifkv_select_infoflow_ops, &ifkv_select_none_ops,
-                                                   &ifkv_select_all_ops, &ifkv_select_random_ops};
+static const ifkv_select_ops *const selectors[] = {
+    &ifkv_select_infoflow_ops,  &ifkv_select_none_ops, &ifkv_select_all_ops,
+    &ifkv_select_random_ops,    &ifkv_select_epic_ops, &ifkv_select_epic_budget_ops,
+    &ifkv_select_cacheblend_ops};
 
 const ifkv_select_ops *ifkv_select_find(const char *name) {
     for (size_t i = 0; i < sizeof selectors / sizeof *selectors; i++)
@@ -20,6 +22,7 @@ ifkv_status ifkv_selector_create(const ifkv_select_ops *ops, const ifkv_select_i
                  ops->name);
     selector->ops = ops;
     selector->input = *input;
+    selector->rewritten_layer = -1;
     const ifkv_status status = ops->init(selector);
     if (status != IFKV_OK) {
         ifkv_selector_destroy(selector);
@@ -76,6 +79,12 @@ int64_t ifkv_select_by_ratio(int64_t num, int64_t den, int64_t n_context, int64_
     }
     if (k < 1) k = 1;
     return k < n_eligible ? k : n_eligible;
+}
+
+int64_t ifkv_select_ratio_budget(const ifkv_select_input *input, int64_t num, int64_t den) {
+    const ifkv_placement *placement = input->placement;
+    return ifkv_select_by_ratio(num, den, placement->n_context,
+                                placement->n_context - ifkv_select_first(placement));
 }
 
 static ifkv_status layers_from_list(const char *text, int n_layer, ifkv_select_input *input) {

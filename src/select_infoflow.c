@@ -2,15 +2,18 @@
  *
  * The question's rows are replicated on every rank and run through the layers up to the last
  * scoring layer.  In each layer they see every context row, wherever it is, and the question
- * causally; nothing of theirs is kept.  In the scoring layers the exact probabilities of this
- * rank's keys are reduced to a score per row; scores are then gathered. Every sum over context keys
- * is cut at chunk boundaries and carried between ranks in the back end's part dtype (float64 on the
- * CPU), so that scores do not depend on the number of ranks: near-ties at the threshold lie as
- * close as a relative 1e-7. Source: algorithm 1.4, 1.5. */
+ * causally; nothing of theirs is kept.  Positions are those of the geometry: keys lie in the shard
+ * rotated at their index, and are rotated on by the difference, exact up to rounding.  In the
+ * scoring layers the exact probabilities of this rank's keys are reduced to a score per row; scores
+ * are then gathered. Every sum over context keys is cut at chunk boundaries and carried between
+ * ranks in the back end's part dtype (float64 on the CPU), so that scores do not depend on the
+ * number of ranks: near-ties at the threshold lie as close as a relative 1e-7. Source:
+ * algorithm 1.4, 1.5. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "rope.h"
 #include "select.h"
 
 /* Question rows as an exchange: store keeps the question's K/V for the layer, attend merges context
@@ -23,6 +26,7 @@ typedef struct question_exchange {
     size_t *bytes, *offset;      /* [size] host, owned: messages */
     bool is_lse_only;            /* last scoring layer: nothing reads the question's output */
     ifkv_view k, v;              /* the question's own, of this layer */
+    bool is_shifted;             /* the geometry moves keys */
 
     /* Back-end memory. */
     int64_t *copy_row;                /* [n_chunk * n_question] question row of each copy */
@@ -34,17 +38,15 @@ typedef struct question_exchange {
     ifkv_view rank_lse;   /* [size * n_question, n_head] part dtype, where only the lse travels */
     ifkv_view own_part;   /* [n_question, q + n_head] float32: over the question itself */
     ifkv_view lse;        /* [n_question, n_head] float32: over everything */
+    ifkv_view shifted_k;  /* [kept rows, kv] keys of this layer in the geometry, if it moves them */
+    ifkv_view shift;      /* [kept rows, d_head] float32: cosines and sines of the way there */
 } question_exchange;
 
 typedef struct select_infoflow {
     ifkv_selector base;
     question_exchange exchange;
     ifkv_pass pass;
-    float *score;     /* [kept rows] back-end memory, in shard order */
-    float *gathered;  /* [n_context] host, owned: rank-major */
-    int64_t *scratch; /* [n_context] back-end memory, for top-k */
-    float *value;     /* [n_context] back-end memory */
-    int64_t *chosen;  /* [budget] back-end memory */
+    ifkv_scores scores;
 } select_infoflow;
 
 static int64_t kept_rows(const ifkv_select_input *input) {
@@ -61,6 +63,7 @@ static ifkv_status question_init(question_exchange *x, const ifkv_select_input *
     x->base.shape.n_kv_head = input->model->config.n_kv_head;
     x->base.shape.d_head = input->model->config.d_head;
     x->n_question = input->n_question;
+    x->is_shifted = input->geometry != IFKV_GEOMETRY_GLOBAL;
     x->n_chunk = ifkv_placement_chunks(placement, rank);
     const int64_t n_part = (x->n_chunk > size ? x->n_chunk : size) + 1;
     x->chunk_slot = malloc(((size_t)x->n_chunk + 1) * sizeof *x->chunk_slot);
@@ -69,17 +72,11 @@ static ifkv_status question_init(question_exchange *x, const ifkv_select_input *
     IFKV_REQUIRE(x->chunk_slot && x->views && x->bytes, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
                  "selector infoflow: out of host memory");
     x->offset = x->bytes + size;
-    int64_t n = 0;
-    x->chunk_slot[0] = 0;
-    for (int64_t i = 0; i < placement->n_chunk; i++) {
-        if (placement->rank[i] != rank) continue;
-        x->chunk_slot[n + 1] = x->chunk_slot[n] + placement->offset[i + 1] - placement->offset[i];
-        n++;
-    }
+    ifkv_placement_slots(placement, rank, x->chunk_slot);
     return IFKV_OK;
 }
 
-static void question_layout(question_exchange *x, ifkv_arena *arena) {
+static void question_layout(question_exchange *x, int64_t n_kept, ifkv_arena *arena) {
     const ifkv_backend_ops *ops = x->base.backend->ops;
     const int64_t n = x->n_question, copies = x->n_chunk * n, size = x->base.comm->size;
     const int64_t n_head = x->base.shape.n_head, q = n_head * x->base.shape.d_head;
@@ -94,6 +91,10 @@ static void question_layout(question_exchange *x, ifkv_arena *arena) {
     x->rank_lse = ifkv_arena_view(arena, ops->part_dtype, size * n, n_head);
     x->own_part = ifkv_arena_view(arena, IFKV_DTYPE_F32, n, q + n_head);
     x->lse = ifkv_arena_view(arena, IFKV_DTYPE_F32, n, n_head);
+    if (!x->is_shifted) return;
+    x->shifted_k = ifkv_arena_view(arena, ops->dtype, n_kept,
+                                   (int64_t)x->base.shape.n_kv_head * x->base.shape.d_head);
+    x->shift = ifkv_arena_view(arena, IFKV_DTYPE_F32, n_kept, x->base.shape.d_head);
 }
 
 /* Upload the spans; stage holds 3 * copies or 2 * n_question values. */
@@ -169,12 +170,25 @@ static void list_part(question_exchange *x, int64_t i, int64_t n_part, const ifk
     x->views[n_part + i] = ifkv_view_block(part, 0, part->n_row, cols, n_head);
 }
 
+/* Keys of this rank as the geometry places them; rotated by `shift_keys` before. */
+static ifkv_view placed_keys(const question_exchange *x, int layer) {
+    return x->is_shifted ? x->shifted_k : ifkv_kvcache_k(x->base.cache, layer);
+}
+
+static ifkv_status shift_keys(question_exchange *x, int layer) {
+    ifkv_backend *backend = x->base.backend;
+    const ifkv_view k = ifkv_kvcache_k(x->base.cache, layer);
+    IFKV_TRY(backend->ops->gather(backend, &k, NULL, &x->shifted_k));
+    return backend->ops->rope(backend, &x->shifted_k, x->base.shape.n_kv_head, NULL, 0, &x->shift);
+}
+
 /* This rank's part: attention over each of its chunks, merged in chunk order. */
 static ifkv_status attend_chunks(question_exchange *x, int layer, const ifkv_view *q,
                                  const ifkv_kvcache *cache) {
     ifkv_backend *backend = x->base.backend;
     const int64_t n = x->n_question, rank = x->base.comm->rank, n_head = x->base.shape.n_head;
-    const ifkv_view k = ifkv_kvcache_k(cache, layer), v = ifkv_kvcache_v(cache, layer);
+    if (x->is_shifted) IFKV_TRY(shift_keys(x, layer));
+    const ifkv_view k = placed_keys(x, layer), v = ifkv_kvcache_v(cache, layer);
     IFKV_TRY(backend->ops->gather(backend, q, x->copy_row, &x->copies));
     IFKV_TRY(attend_part(x, &x->copies, &k, &v, x->chunk_begin, x->chunk_end, &x->chunk_part));
     for (int64_t i = 0; i < x->n_chunk; i++) {
@@ -236,9 +250,7 @@ static ifkv_status infoflow_init(ifkv_selector *selector) {
     self->exchange.base.ops = &question_ops;
     self->exchange.base.cache = (ifkv_kvcache *)input->cache;
     IFKV_TRY(question_init(&self->exchange, input));
-    self->gathered = malloc((size_t)input->placement->n_context * sizeof *self->gathered);
-    IFKV_REQUIRE(self->gathered, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
-                 "selector infoflow: out of host memory");
+    IFKV_TRY(ifkv_scores_init(&self->scores, input));
     return ifkv_pass_init(&self->pass, input->model, input->frequency, input->n_question, 1);
 }
 
@@ -247,7 +259,7 @@ static void infoflow_fini(ifkv_selector *selector) {
     free(self->exchange.chunk_slot);
     free(self->exchange.views);
     free(self->exchange.bytes);
-    free(self->gathered);
+    ifkv_scores_fini(&self->scores);
     ifkv_pass_fini(&self->pass);
 }
 
@@ -255,13 +267,36 @@ static void infoflow_layout(ifkv_selector *selector, ifkv_arena *arena) {
     select_infoflow *self = (select_infoflow *)selector;
     const ifkv_select_input *input = &selector->input;
     const size_t mark = ifkv_arena_mark(arena);
-    self->score = ifkv_arena_take(arena, kept_rows(input), sizeof *self->score);
-    question_layout(&self->exchange, arena);
+    ifkv_scores_layout(&self->scores, input, arena);
+    question_layout(&self->exchange, kept_rows(input), arena);
     ifkv_pass_layout(&self->pass, arena, input->backend->ops->dtype);
     ifkv_arena_reset(arena, mark); /* choosing comes after scoring */
-    self->value = ifkv_arena_take(arena, input->placement->n_context, sizeof *self->value);
-    self->scratch = ifkv_arena_take(arena, input->placement->n_context, sizeof *self->scratch);
-    self->chosen = ifkv_arena_take(arena, input->budget, sizeof *self->chosen);
+    ifkv_scores_layout_best(&self->scores, input, arena);
+}
+
+/* The rotation from a row's index to its place in the geometry. */
+static ifkv_status begin_shift(question_exchange *x, const ifkv_select_input *input) {
+    const int64_t n_row = kept_rows(input), d_head = x->base.shape.d_head;
+    const size_t bytes = (size_t)(n_row * d_head) * sizeof(float);
+    int64_t *position = malloc((size_t)n_row * sizeof *position + 1);
+    float *table = malloc(bytes + 1);
+    ifkv_status status = IFKV_OK;
+    if (!position || !table)
+        status =
+            IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "selector infoflow: out of host memory");
+    for (int64_t i = 0, row = 0; i < input->placement->n_chunk && status == IFKV_OK; i++)
+        for (int64_t index = input->placement->offset[i];
+             input->placement->rank[i] == input->comm->rank &&
+             index < input->placement->offset[i + 1];
+             index++)
+            position[row++] = ifkv_geometry_shift(input->geometry, input->placement, i, index);
+    if (status == IFKV_OK) {
+        ifkv_rope_table(input->frequency, (int)d_head, n_row, position, table);
+        status = input->backend->ops->upload(input->backend, x->shift.data, table, bytes);
+    }
+    free(position);
+    free(table);
+    return status;
 }
 
 static ifkv_status begin_question(select_infoflow *self) {
@@ -270,7 +305,10 @@ static ifkv_status begin_question(select_infoflow *self) {
     int64_t *stage = malloc(((size_t)(3 * copies) + 2 * (size_t)n) * sizeof *stage);
     IFKV_REQUIRE(stage, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "selector infoflow: out of host memory");
     ifkv_status status = question_begin(&self->exchange, stage);
-    for (int64_t i = 0; i < n; i++) stage[i] = input->placement->n_context + i;
+    const int64_t first = ifkv_geometry_question(input->geometry, input->placement);
+    for (int64_t i = 0; i < n; i++) stage[i] = first + i;
+    if (status == IFKV_OK && self->exchange.is_shifted)
+        status = begin_shift(&self->exchange, input);
     if (status == IFKV_OK)
         status = ifkv_pass_begin(&self->pass, input->backend, n, input->question, stage, 1,
                                  (int64_t[]){0, n});
@@ -285,7 +323,7 @@ static ifkv_status score_layer(select_infoflow *self, int layer) {
     const question_exchange *x = &self->exchange;
     const ifkv_exchange_shape *shape = &x->base.shape;
     const int64_t n_row = kept_rows(input);
-    ifkv_view k = ifkv_kvcache_k(input->cache, layer);
+    ifkv_view k = placed_keys(x, layer);
     k.n_row = n_row;
     const ifkv_score_args args = {
         .n_head = shape->n_head,
@@ -300,18 +338,10 @@ static ifkv_status score_layer(select_infoflow *self, int layer) {
         .k = k,
         .block = x->chunk_slot,
         .n_block = x->n_chunk,
-        .score = self->score,
+        .score = self->scores.own,
     };
     IFKV_TRY(input->backend->ops->score(input->backend, &args));
-    float *seen = self->gathered;
-    IFKV_TRY(input->backend->ops->download(input->backend, seen, self->score,
-                                           (size_t)n_row * sizeof *seen));
-    for (int64_t i = 0; i < n_row; i++)
-        IFKV_REQUIRE(
-            isfinite(seen[i]) && seen[i] >= 0, IFKV_ERR_NUMERIC, IFKV_E_NOT_FINITE,
-            "score of layer %d, index %lld: got %g, expected a finite number of at least 0", layer,
-            (long long)input->cache->index[i], (double)seen[i]);
-    return IFKV_OK;
+    return ifkv_scores_check(&self->scores, input, layer);
 }
 
 static ifkv_status run_layers(select_infoflow *self) {
@@ -334,57 +364,26 @@ static ifkv_status run_layers(select_infoflow *self) {
     return ifkv_comm_agree(input->comm, bad, NULL);
 }
 
-/* Gather the ranks' scores, and put them from rank-major into index order. */
-static ifkv_status gather_scores(select_infoflow *self, float *score) {
-    const ifkv_select_input *input = &self->base.input;
-    const ifkv_placement *placement = input->placement;
-    size_t *bytes = self->exchange.bytes, *offset = self->exchange.offset, total = 0;
-    for (int r = 0; r < input->comm->size; r++) {
-        bytes[r] = (size_t)ifkv_placement_kept_rows(placement, r) * sizeof *score;
-        offset[r] = total;
-        total += bytes[r];
-    }
-    char *all = (char *)self->gathered, *own = all + offset[input->comm->rank];
-    IFKV_TRY(
-        input->backend->ops->download(input->backend, own, self->score, bytes[input->comm->rank]));
-    IFKV_TRY(ifkv_comm_all_gather(input->comm, own, all, bytes, offset));
-    for (int64_t i = 0; i < placement->n_chunk; i++) {
-        const size_t n = (size_t)(placement->offset[i + 1] - placement->offset[i]) * sizeof *score;
-        size_t *from = &offset[placement->rank[i]]; /* chunks of a rank come in ascending order */
-        memcpy(score + placement->offset[i], all + *from, n);
-        *from += n;
-    }
-    return IFKV_OK;
-}
-
 static ifkv_status infoflow_score(ifkv_selector *selector, float *score) {
     select_infoflow *self = (select_infoflow *)selector;
     const ifkv_select_input *input = &selector->input;
-    const size_t bytes = (size_t)kept_rows(input) * sizeof *self->score;
     IFKV_TRY(begin_question(self));
-    memset(self->gathered, 0, bytes);
-    IFKV_TRY(input->backend->ops->upload(input->backend, self->score, self->gathered, bytes));
+    IFKV_TRY(ifkv_scores_clear(&self->scores, input));
     IFKV_TRY(run_layers(self));
-    return gather_scores(self, score);
+    return ifkv_scores_gather(&self->scores, input, score);
 }
 
 static ifkv_status infoflow_choose(ifkv_selector *selector, const float *score, int64_t *selected) {
-    select_infoflow *self = (select_infoflow *)selector;
-    ifkv_backend *backend = selector->input.backend;
-    const int64_t first = ifkv_select_first(selector->input.placement), k = selector->input.budget;
-    const int64_t n = selector->input.placement->n_context - first;
-    IFKV_TRY(backend->ops->upload(backend, self->value, score + first, (size_t)n * sizeof *score));
-    IFKV_TRY(backend->ops->top_k(backend, self->value, n, k, self->scratch, self->chosen));
-    IFKV_TRY(backend->ops->download(backend, selected, self->chosen, (size_t)k * sizeof *selected));
-    for (int64_t i = 0; i < k; i++) selected[i] += first;
-    return IFKV_OK;
+    return ifkv_scores_best(&((select_infoflow *)selector)->scores, &selector->input, score,
+                            selected);
 }
 
 const ifkv_select_ops ifkv_select_infoflow_ops = {
     .name = "infoflow",
     .struct_bytes = sizeof(select_infoflow),
     .has_scores = true,
-    .budget = ifkv_select_by_ratio,
+    .is_question_scored = true,
+    .budget = ifkv_select_ratio_budget,
     .init = infoflow_init,
     .fini = infoflow_fini,
     .layout = infoflow_layout,

@@ -4,14 +4,14 @@
 
 #include "select.h"
 
-static int64_t budget_none(int64_t num, int64_t den, int64_t n_context, int64_t n_eligible) {
-    (void)num, (void)den, (void)n_context, (void)n_eligible;
+static int64_t budget_none(const ifkv_select_input *input, int64_t num, int64_t den) {
+    (void)input, (void)num, (void)den;
     return 0;
 }
 
-static int64_t budget_all(int64_t num, int64_t den, int64_t n_context, int64_t n_eligible) {
-    (void)num, (void)den, (void)n_context;
-    return n_eligible;
+static int64_t budget_all(const ifkv_select_input *input, int64_t num, int64_t den) {
+    (void)num, (void)den;
+    return input->placement->n_context - ifkv_select_first(input->placement);
 }
 
 /* The first `budget` eligible rows: nothing for none, everything for all. */
@@ -94,7 +94,7 @@ const ifkv_select_ops ifkv_select_random_ops = {
     .name = "random",
     .struct_bytes = sizeof(ifkv_selector),
     .has_scores = false,
-    .budget = ifkv_select_by_ratio,
+    .budget = ifkv_select_ratio_budget,
     .init = ifkv_select_init_nothing,
     .fini = ifkv_select_fini_nothing,
     .layout = ifkv_select_layout_nothing,

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_CHUNKS = 65536 };
+enum { MAX_CHUNKS = 65536, DEFAULT_EPIC_K = 16, CHECK_LAYER = 1 };
 static const int64_t max_tokens = INT32_MAX;
 static const char *const default_exchange = "auto";
 
@@ -259,19 +259,23 @@ static ifkv_status plan_selection(ifkv_session *session) {
         .cache = &session->cache,
         .n_question = session->n_question,
         .question = session->question,
+        .token = session->kept_token,
         .seed = options->seed,
+        .check_layer = CHECK_LAYER,
+        .epic_k = options->epic_k ? options->epic_k : DEFAULT_EPIC_K,
         .progress = options->progress,
         .progress_arg = options->progress_arg,
     };
     int64_t num = 0, den = 1;
     IFKV_TRY(ifkv_ratio_parse(options->ratio ? options->ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options->score ? options->score : "l2", &input.form));
+    IFKV_TRY(ifkv_geometry_parse(options->geometry, options->hp, &input.geometry));
     IFKV_TRY(ifkv_score_layers_parse(options->score_layers ? options->score_layers : "published",
                                      engine->model.config.n_layer, &input));
+    /* an exact method selects nothing, so nothing may be given either */
     const int64_t n_eligible =
         is_exact ? 0 : session->n_context - ifkv_select_first(&session->placement);
-    input.budget = options->selected ? options->n_selected
-                                     : ops->budget(num, den, session->n_context, n_eligible);
+    input.budget = options->selected ? options->n_selected : ops->budget(&input, num, den);
     IFKV_REQUIRE(input.budget >= 0 && input.budget <= n_eligible, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "n_selected: got %lld, expected 0 to %lld", (long long)input.budget,
                  (long long)n_eligible);
@@ -283,7 +287,10 @@ static ifkv_status plan_selection(ifkv_session *session) {
 
     const bool is_scoring = ops->has_scores && (input.budget > 0 || options->keep_scores);
     if (is_scoring) {
-        print_score_layers(session, &input);
+        if (ops->is_question_scored) {
+            print_score_layers(session, &input);
+            session->geometry = input.geometry;
+        }
         session->scores = malloc((size_t)session->n_context * sizeof *session->scores);
         IFKV_REQUIRE(session->scores, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
                      "session: out of host memory");
@@ -363,13 +370,13 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     const char *method = options.method, *exchange = options.exchange, *rows = options.score_rows;
     int64_t num, den;
     ifkv_score_form form;
+    ifkv_geometry geometry;
     ifkv_placement_kind kind;
     ifkv_select_input *layers;
-    IFKV_REQUIRE(
-        !method || !strcmp(method, "full") || is_exact_method(method) || ifkv_select_find(method),
-        IFKV_ERR_USAGE, IFKV_E_VALUE,
-        "method: got \"%s\", expected infoflow, none, all, random, full, ring or allgather",
-        ifkv_quote(method, strlen(method), shown));
+    IFKV_REQUIRE(!method || !strcmp(method, "full") || is_exact_method(method) ||
+                     ifkv_select_find(method),
+                 IFKV_ERR_USAGE, IFKV_E_VALUE, "method: got \"%s\", expected " IFKV_METHOD_NAMES,
+                 ifkv_quote(method, strlen(method), shown));
     IFKV_REQUIRE(!exchange || !strcmp(exchange, "auto") ||
                      (ifkv_exchange_find(exchange) && !is_exact_method(exchange)),
                  IFKV_ERR_USAGE, IFKV_E_VALUE,
@@ -380,11 +387,14 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
                  ifkv_quote(rows, strlen(rows), shown));
     IFKV_TRY(ifkv_ratio_parse(options.ratio ? options.ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options.score ? options.score : "l2", &form));
+    IFKV_TRY(ifkv_geometry_parse(options.geometry, options.hp, &geometry));
     IFKV_TRY(find_placement(options.placement, &kind));
     IFKV_REQUIRE(options.chunk >= 0 && options.chunk <= max_tokens, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "chunk: got %lld, expected a number of tokens", (long long)options.chunk);
     IFKV_REQUIRE(options.max_new >= 0 && options.max_new <= max_tokens, IFKV_ERR_USAGE,
                  IFKV_E_VALUE, "max-new: got %lld, expected 0 or more", (long long)options.max_new);
+    IFKV_REQUIRE(options.epic_k >= 0 && options.epic_k <= max_tokens, IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "epic-k: got %lld, expected a number of rows", (long long)options.epic_k);
     if (!options.score_layers) return IFKV_OK;
     /* the list's form; how many layers there are only the model knows */
     layers = malloc(sizeof *layers);
@@ -455,7 +465,7 @@ static ifkv_status digest_plan(ifkv_session *session) {
     const int64_t number[] = {
         session->n_context, session->n_prompt,       session->n_question,       session->n_selected,
         session->max_new,   session->scores != NULL, options->selected != NULL, placement->n_prefix,
-        placement->n_chunk, session->reuse.is_on};
+        placement->n_chunk, session->reuse.is_on,    session->geometry};
     for (size_t i = 0; i < sizeof number / sizeof *number; i++)
         ifkv_digest_add_u64(digest, (uint64_t)number[i]);
     for (int64_t i = 0; i < placement->n_chunk; i++) {

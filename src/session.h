@@ -52,7 +52,8 @@ struct ifkv_session {
     float *scores;     /* [n_context]; NULL unless the method scores */
     uint64_t selected_digest;
     uint64_t plan_digest; /* of all that the ranks must have in common before the first message */
-    char score_layers[2048];
+    char score_layers[2048]; /* "" unless the question's attention is scored */
+    ifkv_geometry geometry;  /* while scoring */
     ifkv_exchange *exchange;
     ifkv_pass recompute;
 

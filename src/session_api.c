@@ -180,6 +180,8 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .n_answer = session->n_answer,
         .score_layers = session->score_layers,
         .has_store = session->reuse.is_on,
+        .geometry = *session->score_layers ? ifkv_geometry_name(session->geometry) : "",
+        .hp = *session->score_layers ? ifkv_geometry_hp_name(session->geometry) : "",
     };
     IFKV_TRY(reduce_result(session, &result));
     return ifkv_struct_write(caller_result, &result, sizeof result, "result");

@@ -194,6 +194,10 @@ static void options_check_names_what_is_wrong(void **state) {
         {{.placement = "first"}, "placement"},
         {{.chunk = -1}, "chunk"},
         {{.chunk = INT64_MAX}, "chunk"},
+        {{.geometry = "local"}, "geometry"},
+        {{.geometry = "hl-hp", .hp = "both"}, "hp"},
+        {{.epic_k = -1}, "epic-k"},
+        {{.epic_k = INT64_MAX}, "epic-k"},
         {{.max_new = -1}, "max-new"},
         {{.max_new = INT64_MAX}, "max-new"},
     };
@@ -203,10 +207,16 @@ static void options_check_names_what_is_wrong(void **state) {
         assert_fails(ifkv_prefill_options_check(&options), IFKV_ERR_USAGE, IFKV_E_VALUE,
                      bad[i].part);
     }
-    static const ifkv_prefill_options good[] = {
-        {.method = "full"},       {.method = "all", .exchange = "local"},
-        {.score_layers = "wide"}, {.ratio = "0"},
-        {.placement = "longest"}, {.score_rows = "prompt"}};
+    static const ifkv_prefill_options good[] = {{.method = "full"},
+                                                {.method = "all", .exchange = "local"},
+                                                {.score_layers = "wide"},
+                                                {.ratio = "0"},
+                                                {.placement = "longest"},
+                                                {.score_rows = "prompt"},
+                                                {.method = "epic_budget"},
+                                                {.method = "epic", .epic_k = 3},
+                                                {.geometry = "hl-hp", .hp = "per_chunk"},
+                                                {.geometry = "global", .hp = "shared"}};
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         ifkv_prefill_options options = good[i];
         options.size = sizeof options;
@@ -581,6 +591,8 @@ static void result_says_what_was_done(void **state) {
     assert_string_equal(result.backend, "cpu");
     assert_string_equal(result.comm, "self");
     assert_string_equal(result.score_layers, "2,3,4");
+    assert_string_equal(result.geometry, "global");
+    assert_string_equal(result.hp, "");
     assert_int_equal(result.n_rank, 1);
     assert_int_equal(result.n_context, 32);
     assert_int_equal(result.n_chunk, 4);
@@ -601,6 +613,7 @@ static void result_says_what_was_done(void **state) {
     result = result_of(session);
     assert_null(result.scores);
     assert_string_equal(result.score_layers, "");
+    assert_string_equal(result.geometry, "");
     ifkv_session_close(session);
     session = opened(fixture, (ifkv_prefill_options){0}); /* not asked to keep them */
     assert_null(result_of(session).scores);

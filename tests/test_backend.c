@@ -419,6 +419,42 @@ static void top_k_is_the_head_of_a_total_order(void **state) {
     }
 }
 
+/* Differences of float32 values are exact in float64; what is left is one rounding of the sum. */
+static void row_distance_matches_float64(void **state) {
+    ifkv_backend *backend = *state;
+    const int64_t shapes[][2] = {{1, 1}, {1, 640}, {130, 257}, {0, 64}};
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        const int64_t n_row = shapes[s][0], n_col = shapes[s][1];
+        gen_matrix a = make(backend, n_row, n_col, 3, GEN_UNIFORM),
+                   b = make(backend, n_row, n_col, 0, GEN_UNIFORM);
+        for (int64_t c = 0; c < n_col && n_row > 1;
+             c++) { /* a row is its own, one is close to it */
+            *gen_at(&b, 0, c) = *gen_at(&a, 0, c);
+            *gen_at(&b, 1, c) = *gen_at(&a, 1, c) * (1 + (c % 2 ? 0x1p-6 : -0x1p-6));
+        }
+        gen_matrix_write(&b);
+        float *got = malloc((size_t)(n_row + 1) * sizeof *got);
+        got[n_row] = -77; /* fence */
+        float *out = gen_upload(backend, got, (size_t)(n_row + 1) * sizeof *got);
+        assert_ok(backend->ops->row_distance(backend, &a.view, &b.view, out));
+        assert_ok(backend->ops->download(backend, got, out, (size_t)(n_row + 1) * sizeof *got));
+        assert_ok(backend->ops->sync(backend));
+        assert_true(got[n_row] == -77);
+        for (int64_t r = 0; r < n_row; r++) {
+            double want = 0;
+            for (int64_t c = 0; c < n_col; c++) {
+                const double difference = *gen_at(&a, r, c) - *gen_at(&b, r, c);
+                want += difference * difference;
+            }
+            assert_near(got[r], want, EPS * want, "row_distance", r, 0);
+        }
+        assert_true(n_row < 2 || got[0] == 0);
+        backend->ops->free(backend, out);
+        free(got);
+        gen_matrix_destroy(&a), gen_matrix_destroy(&b);
+    }
+}
+
 /* Every shape error is an error of ours, named, and nothing is written. */
 static void operands_that_do_not_fit_are_refused(void **state) {
     ifkv_backend *backend = *state;
@@ -438,6 +474,9 @@ static void operands_that_do_not_fit_are_refused(void **state) {
                  "element type");
     assert_fails(ops->rope(backend, &a.view, 3, NULL, 0, &one.view), status, IFKV_E_SHAPE,
                  "rope: x");
+    float distance[3];
+    assert_fails(ops->row_distance(backend, &a.view, &one.view, distance), status, IFKV_E_SHAPE,
+                 "row_distance: b");
     assert_fails(ops->swiglu(backend, &a.view, &out.view), status, IFKV_E_SHAPE, "gate_up");
     const int64_t rows[] = {0, 3, 1};
     int64_t *list = gen_upload(backend, rows, sizeof rows);
@@ -513,6 +552,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(swiglu_survives_extremes),
         cmocka_unit_test(exponential_is_within_two_ulp),
         cmocka_unit_test(gather_and_scatter_move_rows_bitwise),
+        cmocka_unit_test(row_distance_matches_float64),
         cmocka_unit_test(top_k_is_the_head_of_a_total_order),
         cmocka_unit_test(operands_that_do_not_fit_are_refused),
         cmocka_unit_test(bits_ignore_thread_count),

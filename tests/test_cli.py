@@ -113,13 +113,13 @@ class Arguments(Tool):
                     self.assert_answer(self.prefill([request()], flag, value), 2, flag)
 
     def test_names_must_be_known(self):
-        for flag in ["--method", "--exchange", "--score", "--score-rows", "--score-layers", "--backend", "--comm",
-                     "--placement"]:
+        for flag in ["--method", "--exchange", "--score", "--score-rows", "--score-layers", "--geometry", "--hp", "--backend",
+                     "--comm", "--placement"]:
             with self.subTest(flag=flag):
                 self.assert_answer(self.prefill([request()], flag, "frobnicate"), 2, "frobnicate")
 
     def test_features_that_do_not_exist_yet_are_unknown_options(self):
-        for flag in ["--geometry", "--reorder", "--scoring"]:
+        for flag in ["--reorder", "--scoring"]:
             with self.subTest(flag=flag):
                 self.assert_answer(self.prefill([request()], flag, "x"), 2, flag)
 

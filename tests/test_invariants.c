@@ -4,8 +4,8 @@
  * purpose: a chunk of one token, fewer chunks than ranks, one chunk, no prefix, a prompt of one
  * token, a question that is not the prompt.  Ranks are threads: 1, 2, 3, 5 and 8 of them.
  * Not here: I13 of one operation, I18's question mass (test_backend); I25 of one exchange
- * (test_exchange); I6's store and I26 (test_reuse); I17, I19, I20, I21, I27: the forms that they
- * compare do not exist yet. */
+ * (test_exchange); I6's store and I26 (test_reuse); I19 and cacheblend (test_selectors); I17, I20,
+ * I21's keep selectors, I27: the forms that they compare do not exist yet. */
 #include "tiny.h"
 
 #include "agree.h"
@@ -199,13 +199,15 @@ static void i03_empty_selection_leaves_the_cache_unchanged(void **state) {
 
 static void i04_chunk_0_equals_full_prefill(void **state) {
     (void)state;
-    static const ifkv_prefill_options ways[] = {
-        {.method = "none"}, {.ratio = "0.3"}, {.method = "random", .ratio = "0.5", .seed = 7}};
+    static const ifkv_prefill_options ways[] = {{.method = "none"},
+                                                {.ratio = "0.3"},
+                                                {.method = "random", .ratio = "0.5", .seed = 7},
+                                                {.method = "cacheblend", .ratio = "0.4"}};
     for (int c = 0; c < N_CASE; c++) {
         tiny_run full = full_prefill(&cases[c]);
         const int64_t end = tiny_request_end(&cases[c].request, 0);
         for (int s = 0; s < N_SIZE; s++) {
-            tiny_run run = prefill(&cases[c], sizes[s], ways[(c + s) % 3]);
+            tiny_run run = prefill(&cases[c], sizes[s], ways[(c + s) % 4]);
             assert_equals_full(&run, &full, end);
             tiny_run_fini(&run);
         }
@@ -880,6 +882,19 @@ static void i18_score_forms_bound_each_other(void **state) {
     }
 }
 
+static void i21_epic_with_heads_as_long_as_chunks_is_all(void **state) {
+    (void)state;
+    for (int c = 0; c < N_CASE; c++)
+        for (int s = 0; s < N_SIZE; s += 2) {
+            tiny_run all = prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "all"});
+            tiny_run epic = prefill(&cases[c], sizes[s],
+                                    (ifkv_prefill_options){.method = "epic", .epic_k = 64});
+            assert_true(same_bits(&epic, &all));
+            tiny_run_fini(&epic);
+            tiny_run_fini(&all);
+        }
+}
+
 static void i22_same_inputs_give_the_same_bits(void **state) {
     (void)state;
     static const char *const methods[] = {"infoflow", "ring", "allgather"};
@@ -1023,11 +1038,13 @@ static void i23_options_that_differ_stop_all(void **state) {
         ODD("method random", .method = "random"),
         ODD("method full", .method = "full"),
         ODD("method ring", .method = "ring"),
+        ODD("method cacheblend", .method = "cacheblend"),
         ODD("exchange", .exchange = "local"),
         ODD("exchange of auto", .exchange = "query"),
         ODD("score", .score = "l1"),
         ODD("score_rows", .score_rows = "prompt"),
         ODD("score_layers", .score_layers = "0"),
+        ODD("geometry", .geometry = "hl-tp"),
         ODD("placement", .placement = "contiguous"),
         ODD("chunk", .chunk = 19),
         ODD("selected", .selected = some, .n_selected = 3),
@@ -1235,6 +1252,7 @@ int main(void) {
         cmocka_unit_test(i15_exact_methods_equal_full_prefill_in_tiles_and_tail_blocks),
         cmocka_unit_test(i16_placement_changes_no_result),
         cmocka_unit_test(i18_score_forms_bound_each_other),
+        cmocka_unit_test(i21_epic_with_heads_as_long_as_chunks_is_all),
         cmocka_unit_test(i22_same_inputs_give_the_same_bits),
         cmocka_unit_test(i23_error_on_one_rank_stops_all),
         cmocka_unit_test(i23_options_that_differ_stop_all),

@@ -53,6 +53,19 @@ static void zigzag_pairs_slice_r_with_2p_minus_1_minus_r(void **state) {
         }
 }
 
+static void slots_are_the_shard_rows_of_a_rank_s_chunks(void **state) {
+    (void)state;
+    ifkv_placement placement = placed(IFKV_PLACE_ZIGZAG, 2, 5, 3, (int64_t[]){7, 1, 10}, rows_only);
+    const int64_t first[] = {0, 10}, second[] = {0, 12, 13}; /* ranks 1, 1, 0 */
+    int64_t slot[4] = {-1, -1, -1, -77};
+    ifkv_placement_slots(&placement, 0, slot);
+    assert_memory_equal(slot, first, sizeof first);
+    ifkv_placement_slots(&placement, 1, slot);
+    assert_memory_equal(slot, second, sizeof second);
+    assert_int_equal(slot[3], -77);
+    ifkv_placement_fini(&placement);
+}
+
 /* floor(2P (o + len/2) / T) by hand: P = 2, T = 23, middles 6, 12.5, 18 of slices of 5.75 */
 static void zigzag_goes_by_the_middle_of_a_chunk(void **state) {
     (void)state;
@@ -283,6 +296,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(offsets_put_the_prefix_in_chunk_0),
         cmocka_unit_test(zigzag_pairs_slice_r_with_2p_minus_1_minus_r),
+        cmocka_unit_test(slots_are_the_shard_rows_of_a_rank_s_chunks),
         cmocka_unit_test(zigzag_goes_by_the_middle_of_a_chunk),
         cmocka_unit_test(auto_leaves_zigzag_for_a_gain_above_5_percent_only),
         cmocka_unit_test(contiguous_keeps_order),

@@ -102,13 +102,41 @@ static void budget_keeps_to_its_bounds(void **state) {
     assert_int_equal(budget_of("0.899", 1000, 900), 899);
 }
 
+static ifkv_placement place(ifkv_placement_kind kind, int size, int64_t n_prefix, int64_t n_chunk,
+                            const int64_t *bounds) {
+    ifkv_placement placement;
+    const ifkv_encode_cost cost = {.per_row = 1};
+    assert_ok(ifkv_placement_init(&placement, kind, size, n_prefix, n_chunk, bounds, cost));
+    return placement;
+}
+
+static int64_t budget_by(const char *name, const ifkv_placement *placement, int64_t num,
+                         int64_t den, int64_t epic_k) {
+    static ifkv_select_input input; /* static for its size only */
+    memset(&input, 0, sizeof input);
+    input.placement = placement;
+    input.epic_k = epic_k;
+    return ifkv_select_find(name)->budget(&input, num, den);
+}
+
+/* 180 rows, 170 of them eligible, in chunks of 10, 1, 100 and 69. */
 static void budgets_by_method(void **state) {
     (void)state;
-    assert_int_equal(ifkv_select_find("none")->budget(1, 1, 100, 90), 0);
-    assert_int_equal(ifkv_select_find("all")->budget(0, 1, 100, 90), 90);
-    assert_int_equal(ifkv_select_find("random")->budget(35, 100, 180, 170), 63);
-    assert_int_equal(ifkv_select_find("infoflow")->budget(35, 100, 180, 170), 63);
+    ifkv_placement placement = place(IFKV_PLACE_ZIGZAG, 2, 2, 4, (int64_t[]){0, 8, 9, 109, 178});
+    assert_int_equal(budget_by("none", &placement, 1, 1, 16), 0);
+    assert_int_equal(budget_by("all", &placement, 0, 1, 16), 170);
+    assert_int_equal(budget_by("random", &placement, 35, 100, 16), 63);
+    assert_int_equal(budget_by("infoflow", &placement, 35, 100, 16), 63);
+    assert_int_equal(budget_by("cacheblend", &placement, 35, 100, 16), 63);
+    assert_int_equal(budget_by("epic_budget", &placement, 35, 100, 16), 63);
+    assert_int_equal(budget_by("epic", &placement, 35, 100, 16), 1 + 16 + 16);
+    assert_int_equal(budget_by("epic", &placement, 0, 1, 16), 1 + 16 + 16); /* whatever the ratio */
+    assert_int_equal(budget_by("epic", &placement, 0, 1, 70), 1 + 70 + 69);
+    assert_int_equal(budget_by("epic", &placement, 0, 1, INT32_MAX), 170);
+    ifkv_placement_fini(&placement);
     assert_true(ifkv_select_find("infoflow")->has_scores);
+    assert_true(ifkv_select_find("cacheblend")->has_scores);
+    assert_false(ifkv_select_find("cacheblend")->is_question_scored);
     assert_false(ifkv_select_find("random")->has_scores);
     assert_null(ifkv_select_find("full")); /* a method, not a selector */
     assert_null(ifkv_select_find("Infoflow"));
@@ -202,25 +230,23 @@ static void score_forms_by_name(void **state) {
 }
 
 /* Rows chosen by a selector that reads placement, budget and seed only. */
-static void choose(const char *name, const ifkv_placement *placement, uint64_t seed, int64_t budget,
-                   int64_t *selected) {
+static void choose_with(const char *name, const ifkv_placement *placement, uint64_t seed,
+                        int64_t epic_k, int64_t budget, int64_t *selected) {
     static ifkv_select_input input;
     memset(&input, 0, sizeof input);
     input.placement = placement;
     input.budget = budget;
     input.seed = seed;
+    input.epic_k = epic_k;
     ifkv_selector *selector = NULL;
     assert_ok(ifkv_selector_create(ifkv_select_find(name), &input, &selector));
     assert_ok(selector->ops->choose(selector, NULL, selected));
     ifkv_selector_destroy(selector);
 }
 
-static ifkv_placement place(ifkv_placement_kind kind, int size, int64_t n_prefix, int64_t n_chunk,
-                            const int64_t *bounds) {
-    ifkv_placement placement;
-    const ifkv_encode_cost cost = {.per_row = 1};
-    assert_ok(ifkv_placement_init(&placement, kind, size, n_prefix, n_chunk, bounds, cost));
-    return placement;
+static void choose(const char *name, const ifkv_placement *placement, uint64_t seed, int64_t budget,
+                   int64_t *selected) {
+    choose_with(name, placement, seed, 0, budget, selected);
 }
 
 static void all_selects_everything_but_chunk_0(void **state) {
@@ -290,6 +316,152 @@ static void random_is_uniform(void **state) {
     ifkv_placement_fini(&placement);
 }
 
+static void epic_takes_the_heads_of_all_chunks_but_the_first(void **state) {
+    (void)state;
+    /* chunks of 3 + 4, 5, 1 and 6 rows at 0, 7, 12, 13 */
+    ifkv_placement placement = place(IFKV_PLACE_ZIGZAG, 2, 3, 4, (int64_t[]){0, 4, 9, 10, 16});
+    const int64_t want[] = {7, 8, 12, 13, 14};
+    int64_t selected[16];
+    const int64_t k = budget_by("epic", &placement, 15, 100, 2);
+    assert_int_equal(k, 5);
+    choose_with("epic", &placement, 0, 2, k, selected);
+    assert_memory_equal(selected, want, sizeof want);
+    ifkv_placement_fini(&placement);
+}
+
+static void epic_with_heads_as_long_as_chunks_is_all(void **state) {
+    (void)state;
+    ifkv_placement placement = place(IFKV_PLACE_ZIGZAG, 2, 3, 4, (int64_t[]){0, 4, 9, 10, 16});
+    for (int64_t epic_k = 6; epic_k <= INT32_MAX; epic_k *= 7) {
+        int64_t all[12], epic[12];
+        assert_int_equal(budget_by("epic", &placement, 15, 100, epic_k), 12);
+        choose("all", &placement, 0, 12, all);
+        choose_with("epic", &placement, 0, epic_k, 12, epic);
+        assert_memory_equal(epic, all, sizeof all);
+    }
+    ifkv_placement_fini(&placement);
+}
+
+/* Rows chosen from each chunk but the first; they must be its first rows, and ascend. */
+static void count_heads(const ifkv_placement *placement, const int64_t *selected, int64_t k,
+                        int64_t *quota) {
+    int64_t at = 0;
+    for (int64_t i = 1; i < placement->n_chunk; i++) {
+        quota[i] = 0;
+        while (at < k && selected[at] < placement->offset[i + 1])
+            assert_int_equal(selected[at++], placement->offset[i] + quota[i]++);
+    }
+    assert_int_equal(at, k);
+}
+
+static void epic_budget_deals_by_largest_remainder(void **state) {
+    (void)state;
+    /* 10 rows, then 3, 3, 3 and 1: 5 of 10 are 1.5, 1.5, 1.5, 0.5: ties go to the lower chunk */
+    ifkv_placement placement =
+        place(IFKV_PLACE_ZIGZAG, 3, 0, 5, (int64_t[]){0, 10, 13, 16, 19, 20});
+    static const int64_t want[][5] = {{1, 1, 0, 0, 0}, /* 0.3 0.3 0.3 0.1 */
+                                      {2, 1, 1, 0, 0}, /* 0.6 0.6 0.6 0.2 */
+                                      {3, 1, 1, 1, 0}, /* 0.9 0.9 0.9 0.3 */
+                                      {4, 1, 1, 1, 1}, /* 1.2 1.2 1.2 0.4 */
+                                      {5, 2, 2, 1, 0}, /* 1.5 1.5 1.5 0.5 */
+                                      {9, 3, 3, 2, 1}, /* 2.7 2.7 2.7 0.9 */
+                                      {10, 3, 3, 3, 1}};
+    for (size_t w = 0; w < sizeof want / sizeof *want; w++) {
+        int64_t selected[10], quota[5];
+        choose("epic_budget", &placement, 0, want[w][0], selected);
+        count_heads(&placement, selected, want[w][0], quota);
+        assert_memory_equal(quota + 1, want[w] + 1, 4 * sizeof *quota);
+    }
+    ifkv_placement_fini(&placement);
+}
+
+/* A quota is the share rounded down or up, and never above the chunk. */
+static void epic_budget_stays_within_one_of_the_share(void **state) {
+    (void)state;
+    ifkv_placement placement =
+        place(IFKV_PLACE_LONGEST, 3, 5, 6, (int64_t[]){0, 7, 8, 208, 211, 240, 241});
+    const int64_t n = placement.n_context - ifkv_select_first(&placement);
+    for (int64_t k = 0; k <= n; k++) {
+        int64_t selected[241], quota[6];
+        choose("epic_budget", &placement, 0, k, selected);
+        count_heads(&placement, selected, k, quota);
+        for (int64_t i = 1; i < placement.n_chunk; i++) {
+            const int64_t product = k * (placement.offset[i + 1] - placement.offset[i]);
+            assert_true(quota[i] * n > product - n && quota[i] * n < product + n);
+        }
+    }
+    ifkv_placement_fini(&placement);
+}
+
+static void geometries_by_name(void **state) {
+    (void)state;
+    static const struct {
+        const char *name, *hp;
+        ifkv_geometry geometry;
+        const char *hp_shown;
+    } good[] = {{NULL, NULL, IFKV_GEOMETRY_GLOBAL, ""},
+                {"global", "shared", IFKV_GEOMETRY_GLOBAL, ""},
+                {"hl-tp", NULL, IFKV_GEOMETRY_HL_TP, ""},
+                {"hl-hp", NULL, IFKV_GEOMETRY_HL_HP, "shared"},
+                {"hl-hp", "shared", IFKV_GEOMETRY_HL_HP, "shared"},
+                {"hl-hp", "per_chunk", IFKV_GEOMETRY_HL_HP_PER_CHUNK, "per_chunk"},
+                {"tl-tp", NULL, IFKV_GEOMETRY_TL_TP, ""}};
+    ifkv_geometry geometry;
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        assert_ok(ifkv_geometry_parse(good[i].name, good[i].hp, &geometry));
+        assert_int_equal(geometry, good[i].geometry);
+        assert_string_equal(ifkv_geometry_name(geometry), good[i].name ? good[i].name : "global");
+        assert_string_equal(ifkv_geometry_hp_name(geometry), good[i].hp_shown);
+    }
+    static const char *const bad[] = {"", "GLOBAL", "hl", "tl-hp", "hl_tp", "hl-hp "};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        assert_fails(ifkv_geometry_parse(bad[i], NULL, &geometry), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                     "geometry");
+        assert_fails(ifkv_geometry_parse("hl-hp", bad[i], &geometry), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                     "hp");
+    }
+    assert_fails(ifkv_geometry_parse("tl-tp", "per_chunk", &geometry), IFKV_ERR_USAGE,
+                 IFKV_E_CONFLICT, "hl-hp");
+    assert_fails(ifkv_geometry_parse(NULL, "per_chunk", &geometry), IFKV_ERR_USAGE, IFKV_E_CONFLICT,
+                 "hl-hp");
+}
+
+/* Positions of all context rows, then of scoring row 0. */
+static void assert_positions(ifkv_geometry geometry, const ifkv_placement *placement,
+                             const int64_t *want) {
+    for (int64_t i = 0; i < placement->n_chunk; i++)
+        for (int64_t index = placement->offset[i]; index < placement->offset[i + 1]; index++)
+            assert_int_equal(index + ifkv_geometry_shift(geometry, placement, i, index),
+                             want[index]);
+    assert_int_equal(ifkv_geometry_question(geometry, placement), want[placement->n_context]);
+}
+
+/* A prefix of 2, chunks of 3, 1 and 4. */
+static void geometry_positions_by_hand(void **state) {
+    (void)state;
+    ifkv_placement placement = place(IFKV_PLACE_ZIGZAG, 2, 2, 3, (int64_t[]){0, 3, 4, 8});
+    assert_positions(IFKV_GEOMETRY_GLOBAL, &placement,
+                     (int64_t[]){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10});
+    assert_positions(IFKV_GEOMETRY_HL_TP, &placement,
+                     (int64_t[]){0, 1, 2, 3, 4, 2, 2, 3, 4, 5, 10});
+    assert_positions(IFKV_GEOMETRY_HL_HP, &placement, (int64_t[]){0, 1, 2, 3, 4, 2, 2, 3, 4, 5, 6});
+    /* distances of a question at 5, 3 and 6: chunks end before 6, the prefix stays before chunk 0
+     */
+    assert_positions(IFKV_GEOMETRY_HL_HP_PER_CHUNK, &placement,
+                     (int64_t[]){1, 2, 3, 4, 5, 5, 2, 3, 4, 5, 6});
+    assert_positions(IFKV_GEOMETRY_TL_TP, &placement,
+                     (int64_t[]){0, 1, 7, 8, 9, 9, 6, 7, 8, 9, 10});
+    ifkv_placement_fini(&placement);
+}
+
+static void geometries_coincide_for_one_chunk(void **state) {
+    (void)state;
+    ifkv_placement placement = place(IFKV_PLACE_ZIGZAG, 2, 2, 1, (int64_t[]){0, 5});
+    for (int g = IFKV_GEOMETRY_GLOBAL; g <= IFKV_GEOMETRY_TL_TP; g++)
+        assert_positions((ifkv_geometry)g, &placement, (int64_t[]){0, 1, 2, 3, 4, 5, 6, 7});
+    ifkv_placement_fini(&placement);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(ratio_is_an_exact_decimal),
@@ -308,6 +480,13 @@ int main(void) {
         cmocka_unit_test(random_rows_are_eligible_distinct_and_ascending),
         cmocka_unit_test(random_depends_on_seed_and_index_only),
         cmocka_unit_test(random_is_uniform),
+        cmocka_unit_test(geometries_by_name),
+        cmocka_unit_test(geometry_positions_by_hand),
+        cmocka_unit_test(geometries_coincide_for_one_chunk),
+        cmocka_unit_test(epic_takes_the_heads_of_all_chunks_but_the_first),
+        cmocka_unit_test(epic_with_heads_as_long_as_chunks_is_all),
+        cmocka_unit_test(epic_budget_deals_by_largest_remainder),
+        cmocka_unit_test(epic_budget_stays_within_one_of_the_share),
     };
     return cmocka_run_group_tests_name("select", tests, NULL, NULL);
 }

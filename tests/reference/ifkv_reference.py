@@ -3,7 +3,8 @@
 Written from the mathematics of the method (encode chunks apart, score by the question's attention, select, recompute,
 prompt, greedy decode); shares no code with src/.  Knows one process and one cache: ranks, exchanges, placement, memory
 plans and speed do not exist here.  Always holds: row i of the cache is the token of index i, and a row sees exactly
-the rows of index <= its own.  Geometry is GLOBAL, so the rotary position of a cached row is its index.
+the rows of index <= its own.  The rotary position of a cached row is its index; only scoring may place rows
+otherwise.
 
 Shapes: R rows, N cached rows, Hq query heads, Hkv K/V heads, g = Hq/Hkv, D = d_head, T context rows with the prefix.
 """
@@ -68,17 +69,23 @@ def rotate(x, positions, frequencies):
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def probabilities(q, k, n_visible):
-    """Softmax of q.k/sqrt(D) where row r sees the first n_visible[r] keys.
-
-    q [R, Hq, D], k [N, Hkv, D], n_visible [R], each >= 1.  Returns [Hq, R, N]; query head h reads K/V head h // g.
-    """
+def similarities(q, k):
+    """q.k/sqrt(D), [Hq, R, N], of q [R, Hq, D] and k [N, Hkv, D]; query head h reads K/V head h // g."""
     n_head, d_head = q.shape[1:]
     k = np.repeat(k, n_head // k.shape[1], axis=1)  # [N, Hq, D]
-    s = np.matmul(q.transpose(1, 0, 2), k.transpose(1, 2, 0)) / q.dtype.type(np.sqrt(d_head))  # [Hq, R, N]
-    s[:, np.arange(k.shape[0]) >= np.asarray(n_visible)[:, None]] = -np.inf
+    return np.matmul(q.transpose(1, 0, 2), k.transpose(1, 2, 0)) / q.dtype.type(np.sqrt(d_head))
+
+
+def softmax_of_visible(s, n_visible):
+    """Softmax of s [Hq, R, N], whose row r sees the first n_visible[r] keys, at least one; s is overwritten."""
+    s[:, np.arange(s.shape[2]) >= np.asarray(n_visible)[:, None]] = -np.inf
     e = np.exp(s - s.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
+
+
+def probabilities(q, k, n_visible):
+    """Softmax of q.k/sqrt(D), [Hq, R, N], where row r of q [R, Hq, D] sees the first n_visible[r] keys."""
+    return softmax_of_visible(similarities(q, k), n_visible)
 
 
 def attend(q, k, v, n_visible, block=256):
@@ -216,26 +223,59 @@ def score_layers(n_layer, choice):
     return sorted(choice)
 
 
-def question_attention(model, cache, question, layers):
+def scoring_places(request, geometry="global", hp="shared"):
+    """Rotary places while scoring: (place of each context row [T], place of scoring row 0 as each of them meets it [T]).
+
+    Rows of chunk i count from 0 behind the prefix, which stays where it is.  hl-*: every chunk right behind the prefix;
+    tl-tp: every chunk ends where the context ends.  *-tp: the question behind the context; hl-hp: behind the longest
+    chunk (hp shared) or, towards the rows of each chunk, behind that chunk (hp per_chunk; the prefix goes with chunk 0).
+    """
+    p, o, n_context = len(request.prefix), request.offsets, request.offsets[-1]
+    row, question = np.arange(n_context), np.full(n_context, n_context)
+    longest = max(len(chunk) for chunk in request.chunks)
+    for i, chunk in enumerate(request.chunks):
+        n = len(chunk)
+        rows, all_rows = slice(o[i + 1] - n, o[i + 1]), slice(o[i], o[i + 1])
+        if geometry in ("hl-tp", "hl-hp"):
+            row[rows] = p + np.arange(n)
+        elif geometry == "tl-tp":
+            row[rows] = n_context - n + np.arange(n)
+        elif geometry != "global":
+            raise ValueError(f"unknown geometry {geometry!r}")
+        if geometry == "hl-hp":
+            question[all_rows] = p + (n if hp == "per_chunk" else longest)
+    return row, question
+
+
+def question_attention(model, cache, question, layers, places=None):
     """Attention of the scoring rows, one [Hq, Nq, T + Nq] array per layer of `layers`.
 
     Scoring row q has index T + q; it sees every context row and the scoring rows q' <= q.  The cache is not changed.
+    places: of scoring_places; by default rows are rotated at their index.
     """
-    n_context = len(cache.k[0])
-    index = n_context + np.arange(len(question))
-    scratch = cache.copy(n_context + len(question))
+    n_context, n_question = len(cache.k[0]), len(question)
+    row, first = places or (np.arange(n_context), np.full(n_context, n_context))
+    own = n_context + np.arange(n_question)
     h = model.embedding[np.asarray(question, np.int64)]
     attention = {}
     for l in range(max(layers) + 1):
         x = rms_norm(h, model.layers[l]["input_layernorm"], model.config.norm_eps)
         k, v = project_kv(model, l, x)
-        scratch.k[l][index] = rotate(k, index, model.frequencies)
-        scratch.v[l][index] = v
-        q = project_q(model, l, x, index)
+        s = np.empty((model.config.n_head, n_question, n_context + n_question), model.dtype)
+        # Among themselves only the distance counts, so any common place does.
+        s[:, :, n_context:] = similarities(project_q(model, l, x, own), rotate(k, own, model.frequencies))
+        # A cached key is rotated at its index; rotations add up.
+        placed = rotate(cache.k[l], row - np.arange(n_context), model.frequencies)
+        for place in np.unique(first):
+            met = np.flatnonzero(first == place)
+            s[:, :, met] = similarities(project_q(model, l, x, place + np.arange(n_question)), placed[met])
+        a = softmax_of_visible(s, own + 1)
         if l in layers:
-            attention[l] = probabilities(q, scratch.k[l], index + 1)
+            attention[l] = a
         if l < max(layers):
-            h = finish_layer(model, l, h, attend(q, scratch.k[l], scratch.v[l], index + 1))
+            values = np.concatenate([cache.v[l], v])
+            values = np.repeat(values, model.config.n_head // values.shape[1], axis=1).transpose(1, 0, 2)
+            h = finish_layer(model, l, h, np.matmul(a, values).transpose(1, 0, 2))
     return [attention[l] for l in layers]
 
 
@@ -279,6 +319,11 @@ def select_best(scores, n_eligible_from, ratio):
     if 0 < k < len(order):
         gap = float((scores[order[k - 1]] - scores[order[k]]) / scores[order[k - 1]])
     return np.sort(order[:k]), gap
+
+
+def deviations(cache, exact, layer=1):
+    """Squared distance [T] of the cached V of a layer from the exact one, over K/V heads and channels."""
+    return ((exact.v[layer] - cache.v[layer]) ** 2).sum(axis=(1, 2))
 
 
 def select_epic(request, epic_k=16):
@@ -358,8 +403,8 @@ class Result:
 
 
 def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_layer_choice="published", max_new=32,
-            score_rows="question", chosen=()):
-    """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, and random with the set `chosen`."""
+            score_rows="question", chosen=(), epic_k=16, geometry="global", hp="shared"):
+    """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, cacheblend, and random with the set `chosen`."""
     context, first_eligible = request.context, request.offsets[1]
     selected, scores, gap = np.empty(0, np.int64), None, np.inf
     if method == "full":
@@ -371,10 +416,17 @@ def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_l
         elif method == "infoflow":
             rows = request.prompt if score_rows == "prompt" else request.question
             layers = score_layers(model.config.n_layer, score_layer_choice)
-            scores = combine_scores(question_attention(model, cache, rows, layers), len(context), score)
+            places = scoring_places(request, geometry, hp)
+            scores = combine_scores(question_attention(model, cache, rows, layers, places), len(context), score)
             selected, gap = select_best(scores, first_eligible, ratio)
+        elif method == "cacheblend":
+            exact, _ = full_prefill(model, context)  # what running layer 0 on all rows gives layer 1
+            scores = deviations(cache, exact)
+            selected, gap = select_best(scores, first_eligible, ratio)
+            if len(selected):  # the check layer's K/V of all rows are replaced
+                cache.k[1][:], cache.v[1][:] = exact.k[1], exact.v[1]
         elif method == "epic":
-            selected = select_epic(request)
+            selected = select_epic(request, epic_k)
         elif method == "epic_budget":
             selected = select_epic_budget(request, ratio)
         elif method == "random":

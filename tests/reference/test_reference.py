@@ -77,9 +77,19 @@ class Pipeline(WithModels):
     def test_ratio_zero_is_none_bitwise(self):
         for model in self.each_model():
             request = make_request(model)
-            zero, none = (reference.prefill(model, request, m, "0", max_new=1) for m in ("infoflow", "none"))
-            for x, y in zip(zero.cache.k + zero.cache.v, none.cache.k + none.cache.v):
-                self.assertEqual(x.tobytes(), y.tobytes())
+            none = reference.prefill(model, request, "none", max_new=1)
+            for method in ("infoflow", "cacheblend"):
+                zero = reference.prefill(model, request, method, "0", max_new=1)
+                for x, y in zip(zero.cache.k + zero.cache.v, none.cache.k + none.cache.v):
+                    self.assertEqual(x.tobytes(), y.tobytes())
+
+    def test_layer_1_of_all_rows_equals_full_prefill_under_cacheblend(self):
+        for model in self.each_model():
+            request = make_request(model)
+            blend, full = (reference.prefill(model, request, m, "0.2", max_new=1) for m in ("cacheblend", "full"))
+            self.assertTrue(0 < len(blend.selected) < len(request.context) - request.offsets[1])
+            self.assert_close(blend.cache.k[1], full.cache.k[1])
+            self.assert_close(blend.cache.v[1], full.cache.v[1])
 
     def test_layer_0_of_placed_chunks_equals_full_prefill(self):
         for model in self.each_model():
@@ -91,7 +101,7 @@ class Pipeline(WithModels):
         for model in self.each_model():
             request = make_request(model)
             full = reference.prefill(model, request, "full", max_new=1)
-            for method in ("none", "infoflow", "epic", "epic_budget", "all"):
+            for method in ("none", "infoflow", "epic", "epic_budget", "cacheblend", "all"):
                 result = reference.prefill(model, request, method, "0.3", max_new=1)
                 self.assert_same_cache(result.cache, full.cache, slice(request.offsets[1]))
 
@@ -314,6 +324,55 @@ class Selection(unittest.TestCase):
         request = reference.Request([], [[1] * 4, [1] * 5, [1] * 7, [1] * 4], [8], [8])
         # T = 20, k = 7, shares 7 * (5, 7, 4) / 16 = 2.19, 3.06, 1.75: the last chunk gets the spare row
         self.assertEqual(reference.select_epic_budget(request, "0.35").tolist(), [4, 5, 9, 10, 11, 16, 17])
+
+
+class Geometries(WithModels):
+    ALL = (("global", "shared"), ("hl-tp", "shared"), ("hl-hp", "shared"), ("hl-hp", "per_chunk"), ("tl-tp", "shared"))
+
+    def scores(self, model, request, geometry, hp):
+        return reference.prefill(model, request, "infoflow", "0.2", max_new=1, geometry=geometry, hp=hp).scores
+
+    def test_places_by_hand(self):
+        request = reference.Request([1, 1], [[2] * 3, [3], [4] * 4], [8], [8])
+        rows = lambda *geometry: [x.tolist() for x in reference.scoring_places(request, *geometry)]
+        self.assertEqual(rows("global"), [list(range(10)), [10] * 10])
+        self.assertEqual(rows("hl-tp"), [[0, 1, 2, 3, 4, 2, 2, 3, 4, 5], [10] * 10])
+        self.assertEqual(rows("hl-hp"), [[0, 1, 2, 3, 4, 2, 2, 3, 4, 5], [6] * 10])
+        self.assertEqual(rows("hl-hp", "per_chunk"), [[0, 1, 2, 3, 4, 2, 2, 3, 4, 5], [5] * 5 + [3] + [6] * 4])
+        self.assertEqual(rows("tl-tp"), [[0, 1, 7, 8, 9, 9, 6, 7, 8, 9], [10] * 10])
+
+    def test_all_coincide_for_one_chunk(self):
+        for model in self.each_model():
+            request = make_request(model, n_chunks=(17,))
+            for geometry in self.ALL[1:]:
+                self.assert_close(self.scores(model, request, *geometry), self.scores(model, request, *self.ALL[0]))
+
+    def test_head_local_per_chunk_is_tail_local_without_a_prefix(self):
+        for model in self.each_model():
+            request = make_request(model)
+            request.prefix = []
+            self.assert_close(self.scores(model, request, "hl-hp", "per_chunk"),
+                              self.scores(model, request, "tl-tp", "shared"))
+
+    def test_they_differ_for_more_chunks(self):
+        for model in self.each_model():
+            request = make_request(model)
+            found = [self.scores(model, request, *geometry) for geometry in self.ALL]
+            for i in range(len(found)):
+                for j in range(i):
+                    self.assertGreater(np.abs(found[i] / found[j] - 1).max(), 1e-3)
+
+
+class Deviations(WithModels):
+    def test_layer_0_deviates_nowhere_and_chunk_0_in_no_layer(self):
+        for model in self.each_model():
+            request = make_request(model)
+            cache = reference.encode_chunks(model, request)
+            exact, _ = reference.full_prefill(model, request.context)
+            self.assertLess(reference.deviations(cache, exact, 0).max(), 1e-24)
+            after = reference.deviations(cache, exact)
+            self.assertLess(after[: request.offsets[1]].max(), 1e-24)
+            self.assertGreater(after[request.offsets[1] :].min(), 1e-12)
 
 
 class Rotary(unittest.TestCase):

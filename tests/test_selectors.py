@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""Selection methods of the ifkv binary against the float64 reference, both run here: python3 tests/test_selectors.py.
+
+test_golden.py holds full, none and infoflow to figures from a file; here the other methods, and infoflow's geometries,
+meet the reference itself, on tiny models and awkward requests, on one rank and on three.  Needs numpy and h5py; IFKV_BIN names the binary.
+Tolerance as in test_golden.py.  Requests are drawn until the reference leaves room at the threshold, so that sets are
+compared for identity.
+"""
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.join(HERE, "reference")]
+import ifkv_reference as reference  # noqa: E402
+import make_goldens  # noqa: E402
+import make_models  # noqa: E402
+from portable_noise import integers  # noqa: E402
+from test_golden import BINARY, RUN_TIMEOUT_S, TOLERANCE, Record, relative_l2  # noqa: E402
+
+MODELS = ("llama_g3_scaled_sharded", "qwen3_g5_sharded")
+MIN_SCORE_GAP = make_goldens.MIN_SCORE_GAP
+# name: (prefix length, chunk lengths, prompt length, question length)
+CASES = {
+    "one_token_chunk": (2, (37, 1, 60, 21), 5, 4),
+    "no_prefix": (0, (9, 40, 3, 31), 1, 3),
+    "single_chunk": (3, (29,), 4, 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to select: flags of the binary, and the same for the reference."""
+
+    flags: tuple
+    arguments: tuple  # (name, value) of reference.prefill
+    has_scores: bool = False
+
+
+WAYS = {
+    "epic": Way(("--method", "epic"), (("method", "epic"),)),
+    "epic_3": Way(("--method", "epic", "--epic-k", "3"), (("method", "epic"), ("epic_k", 3))),
+    "epic_budget": Way(("--method", "epic_budget", "--ratio", "0.3"), (("method", "epic_budget"), ("ratio", "0.3"))),
+    "cacheblend": Way(("--method", "cacheblend", "--ratio", "0.2"), (("method", "cacheblend"), ("ratio", "0.2")), True),
+    "cacheblend_0": Way(("--method", "cacheblend", "--ratio", "0"), (("method", "cacheblend"), ("ratio", "0")), True),
+    **{"-".join(geometry): Way(
+        ("--ratio", "0.3", "--score-layers", "wide", "--geometry", geometry[0], "--hp", geometry[1]),
+        (("ratio", "0.3"), ("score_layer_choice", "wide"), ("geometry", geometry[0]), ("hp", geometry[1])), True)
+       for geometry in (("global", "shared"), ("hl-tp", "shared"), ("hl-hp", "shared"), ("hl-hp", "per_chunk"),
+                        ("tl-tp", "shared"))},
+}
+_scratch = None
+
+
+def setUpModule():
+    global _scratch
+    if not os.access(BINARY, os.X_OK):
+        raise RuntimeError(f"{BINARY} is not there to be tested; build it or set IFKV_BIN")
+    _scratch = tempfile.TemporaryDirectory(prefix="ifkv-selectors-")
+
+
+def tearDownModule():
+    _scratch.cleanup()
+
+
+@functools.lru_cache(maxsize=None)
+def model_of(name):
+    """(path, model of the reference)."""
+    path = make_models.make_model(os.path.join(_scratch.name, "models"), name)
+    return path, reference.load_model(path)
+
+
+@functools.lru_cache(maxsize=None)
+def expected(name, way, case):
+    """(JSON request, result of the reference) of the first draw whose threshold has room."""
+    model = model_of(name)[1]
+    n_prefix, n_chunks, n_prompt, n_question = CASES[case]
+    for draw in range(200):
+        ids = lambda part, n: integers(f"{name} {case} {draw} {part}", n, make_goldens.FIRST_ID, model.config.n_vocab)
+        raw = {"id": case, "prefix": ids("prefix", n_prefix), "prompt": ids("prompt", n_prompt),
+               "chunks": [ids(f"chunk {i}", n) for i, n in enumerate(n_chunks)],
+               "question": ids("question", n_question)}
+        request = reference.Request.from_json(raw)
+        result = reference.prefill(model, request, max_new=1, **dict(WAYS[way].arguments))
+        if result.gap >= MIN_SCORE_GAP:
+            return raw, result
+    raise AssertionError(f"{name} {way} {case}: no draw has room")
+
+
+def read_lines(path):
+    with open(path) as f:
+        return {x["id"]: x for x in map(json.loads, f)}
+
+
+@functools.lru_cache(maxsize=None)
+def records(name, way, ranks):
+    out = os.path.join(_scratch.name, f"{name}-{way}-{ranks}")
+    with open(out + ".jsonl", "w") as f:
+        f.writelines(json.dumps(expected(name, way, case)[0]) + "\n" for case in CASES)
+    command = [BINARY, "prefill", "--model", model_of(name)[0], "--requests", out + ".jsonl", "--out", out,
+               "--backend", "cpu", "--threads", "1", "--max-new", "1", "--save-logits", "--save-kv", "--save-scores",
+               *WAYS[way].flags]
+    command += ["--comm", "self"] if ranks == 1 else ["--comm", "thread", "--ranks", str(ranks)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          text=True, timeout=RUN_TIMEOUT_S)
+    if done.returncode:
+        raise AssertionError(f"exit {done.returncode}: {' '.join(command)}\n{done.stderr[-2000:]}")
+    results, manifest = (read_lines(os.path.join(out, file)) for file in ("results.jsonl", "manifest.jsonl"))
+    return {case: Record(out, results[case], manifest[case]) for case in CASES}
+
+
+def everywhere(check):
+    """Turn a check of (record, expected result) into a test of every model, way, case and number of ranks."""
+
+    @functools.wraps(check)
+    def test(self):
+        for name in MODELS:
+            for way in WAYS:
+                for case in CASES:
+                    for ranks in (1, 3):
+                        with self.subTest(model=name, way=way, case=case, ranks=ranks):
+                            check(self, records(name, way, ranks)[case], expected(name, way, case)[1], WAYS[way])
+
+    return test
+
+
+class Selectors(unittest.TestCase):
+    @everywhere
+    def test_selected_rows_equal_the_reference(self, record, result, way):
+        self.assertEqual(record.selected.tolist(), result.selected.tolist())
+
+    @everywhere
+    def test_scores_equal_the_reference(self, record, result, way):
+        self.assertEqual(record.scores is not None, way.has_scores)
+        if way.has_scores:
+            difference = np.linalg.norm(record.scores - result.scores)  # all may be 0: one chunk deviates nowhere
+            self.assertLessEqual(difference, TOLERANCE * np.linalg.norm(result.scores))
+
+    @everywhere
+    def test_caches_equal_the_reference(self, record, result, way):
+        for l in range(len(result.cache.k)):
+            for what in "kv":
+                got, want = record.assembled(f"layers/{l}/{what}"), getattr(result.cache, what)[l]
+                self.assertLessEqual(relative_l2(got, want), TOLERANCE, f"layer {l} {what}")
+
+    @everywhere
+    def test_first_logits_equal_the_reference(self, record, result, way):
+        self.assertLessEqual(relative_l2(record.first_logits, result.first_logits), TOLERANCE)
+
+
+if __name__ == "__main__":
+    unittest.main()
