@@ -21,10 +21,18 @@ import quality_stats as stats
 MEASURED = ("kl_first", "kl_greedy", "nll_greedy", "kl_gold", "nll_gold")
 
 
-def read_lines(paths, part):
-    lines = [json.loads(line) for path in paths for line in Path(path).read_text().splitlines()]
+def read_json_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def read_lines(paths, part, configs):
+    lines = [line for path in paths for line in read_json_lines(path)]
     wanted = {"all": (0, 1), "even": (0,), "odd": (1,)}[part]
-    return [line for line in lines if line["position"] % 2 in wanted]
+    lines = [line for line in lines if line["position"] % 2 in wanted]
+    if configs is None:
+        return lines
+    names = [config["name"] for config in read_json_lines(configs)]
+    return sorted((line for line in lines if line["name"] in names), key=lambda line: names.index(line["name"]))
 
 
 class Run:
@@ -167,6 +175,7 @@ def parse(arguments):
     parser.add_argument("--model", required=True, metavar="DIR", help="whose tokenizer.json decodes answers")
     parser.add_argument("--requests", required=True, metavar="FILE", help="the run's requests, with their gold answers")
     parser.add_argument("--part", choices=("all", "even", "odd"), default="all")
+    parser.add_argument("--configs", metavar="FILE", help="rows of these configurations only, in this order (default: all)")
     parser.add_argument("--title", default="answer quality")
     parser.add_argument("--machine", default="", help="said in the outputs")
     parser.add_argument("--date", default="", help="said in the outputs")
@@ -180,9 +189,8 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     tokenizer = Tokenizer.from_file(os.path.join(options.model, "tokenizer.json"))
-    golds = {request["id"]: request.get("answers", [])
-             for request in map(json.loads, Path(options.requests).read_text().splitlines())}
-    run = Run(read_lines(options.results, options.part))
+    golds = {request["id"]: request.get("answers", []) for request in read_json_lines(options.requests)}
+    run = Run(read_lines(options.results, options.part, options.configs))
     rows = measure(run, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), golds)
     command = "bench/quality_report.py " + shlex.join(arguments)
     about = f"{options.title}. {options.machine}, {options.date}. `{command}`"

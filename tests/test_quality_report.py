@@ -107,6 +107,12 @@ class Report(unittest.TestCase):
         with h5py.File(self.folder / "table.h5") as file:
             self.assertEqual([name.decode() for name in file["question"]], ["b", "d"])
 
+    def test_configs_choose_rows_and_their_order(self):
+        lines = [line_of(name, "a", 0, 1.0, method=name) for name in ("full", "none", "random")] + [line_of("none", "b", 1, 1.0, method="none")]
+        self.write("configs.jsonl", [{"name": "none"}, {"name": "full"}])
+        rows = self.report(lines, "--configs", str(self.folder / "configs.jsonl"))
+        self.assertEqual([row[0] for row in rows], ["none", "full"])
+
     def test_nothing_complete_is_refused(self):
         lines = [line_of("none", "a", 0, 1.0, method="none"), line_of("full", "b", 1, 0.0, method="full")]
         with self.assertRaises(SystemExit):
