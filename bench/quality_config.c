@@ -73,7 +73,7 @@ static ifkv_status read_count(const json_t *object, const char *where, const cha
 
 static ifkv_status refuse_unknown_keys(json_t *object, const char *where) {
     static const char known[] = " name method ratio score layers rows seed answer source weight "
-                                "norm reduce block heads ";
+                                "norm reduce block heads write ";
     const char *key;
     json_t *value;
     json_object_foreach(object, key, value) {
@@ -99,6 +99,7 @@ static ifkv_status read_config(quality_config *config, const char *where, json_t
     IFKV_TRY(read_choice(object, where, "weight", " none v kv ", &config->weight));
     IFKV_TRY(read_choice(object, where, "norm", " none sum ", &config->norm));
     IFKV_TRY(read_choice(object, where, "reduce", " mean max ", &config->reduce));
+    IFKV_TRY(read_choice(object, where, "write", " recompute full ", &config->write));
     IFKV_TRY(read_count(object, where, "seed", &seed));
     IFKV_TRY(read_count(object, where, "heads", &config->heads));
     IFKV_TRY(read_count(object, where, "block", &config->block));

@@ -19,7 +19,9 @@ typedef struct quality_config {
     const char *method, *ratio, *score, *layers;
     const char *rows; /* "question" (default) or "prompt" */
     uint64_t seed;
-    bool has_answer; /* also decode greedily */
+    bool has_answer;   /* also decode greedily */
+    const char *write; /* what S gets: "recompute" (default), or "full": its K/V of full prefill, an
+                          oracle that shows what stale keys do to recomputed rows */
 
     /* method "combine": layers' l2 scores put together outside of the library. */
     const char *source; /* K/V that the question sees: "encoded" (default) or "full", an oracle */

@@ -280,7 +280,24 @@ static ifkv_status keep_answer(const ifkv_session *session, quality_result *resu
     return IFKV_OK;
 }
 
-static ifkv_status run_stages(quality_case *it, ifkv_session *session, bool has_answer,
+/* Give the selected rows full prefill's own K and V instead of recomputing them. */
+static ifkv_status write_true_rows(const quality_case *it, ifkv_session *session) {
+    ifkv_backend *backend = it->engine->backend;
+    const size_t bytes = (size_t)it->n_col * sizeof(float);
+    for (int layer = 0; layer < it->n_layer; layer++)
+        for (int64_t i = 0; i < session->n_selected; i++) {
+            const int64_t row = session->selected[i], at = row * it->n_col;
+            const ifkv_view k = ifkv_kvcache_k(&session->cache, layer),
+                            v = ifkv_kvcache_v(&session->cache, layer);
+            IFKV_TRY(backend->ops->upload(backend, ifkv_view_rows(&k, row, 1).data,
+                                          quality_rows(it, it->full, false, layer) + at, bytes));
+            IFKV_TRY(backend->ops->upload(backend, ifkv_view_rows(&v, row, 1).data,
+                                          quality_rows(it, it->full, true, layer) + at, bytes));
+        }
+    return IFKV_OK;
+}
+
+static ifkv_status run_stages(quality_case *it, ifkv_session *session, const quality_config *config,
                               quality_result *result) {
     ifkv_backend *backend = it->engine->backend;
     double at = backend->ops->clock_ms(backend);
@@ -290,7 +307,10 @@ static ifkv_status run_stages(quality_case *it, ifkv_session *session, bool has_
     result->n_selected = session->n_selected;
     result->selected_digest = session->selected_digest;
     at = backend->ops->clock_ms(backend);
-    IFKV_TRY(ifkv_prefill_recompute(session));
+    if (config->write && !strcmp(config->write, "full"))
+        IFKV_TRY(write_true_rows(it, session));
+    else
+        IFKV_TRY(ifkv_prefill_recompute(session));
     result->recompute_ms = backend->ops->clock_ms(backend) - at;
     IFKV_TRY(measure_rows(it, session, result));
     at = backend->ops->clock_ms(backend);
@@ -298,7 +318,7 @@ static ifkv_status run_stages(quality_case *it, ifkv_session *session, bool has_
                             &result->kl_first));
     result->prompt_ms = backend->ops->clock_ms(backend) - at;
     IFKV_TRY(measure_forced(it, session, &it->gold, &result->kl_gold, &result->nll_gold, NULL));
-    if (!has_answer) return IFKV_OK;
+    if (!config->has_answer) return IFKV_OK;
     at = backend->ops->clock_ms(backend);
     IFKV_TRY(decode(it, session));
     result->decode_ms = backend->ops->clock_ms(backend) - at;
@@ -328,7 +348,7 @@ ifkv_status quality_measure(quality_case *it, const quality_config *config,
     ifkv_session *session = NULL;
     ifkv_status status =
         quality_session(it, &options, is_full ? it->full : it->encoded, has_question, &session);
-    if (status == IFKV_OK) status = run_stages(it, session, config->has_answer, result);
+    if (status == IFKV_OK) status = run_stages(it, session, config, result);
     if (status != IFKV_OK) quality_result_fini(result);
     ifkv_session_destroy(session);
     free(selected);

@@ -107,6 +107,18 @@ static void all_equals_full_prefill_and_none_does_not(void **state) {
     tiny_request_fini(&request);
 }
 
+/* All rows but those of chunk 0, which are right already, replaced by full prefill's. */
+static void true_rows_of_all_equal_full_prefill(void **state) {
+    (void)state;
+    tiny_request request = request_of(3, (int64_t[]){12, 40, 9});
+    quality_case it = open_case(&request);
+    quality_result all = measure(&it, (quality_config){.method = "all", .write = "full"});
+    assert_equals_full(&it, &all);
+    quality_result_fini(&all);
+    quality_close(&it);
+    tiny_request_fini(&request);
+}
+
 static void none_of_one_chunk_equals_full_prefill(void **state) {
     (void)state;
     tiny_request request = request_of(1, (int64_t[]){37});
@@ -240,6 +252,7 @@ int main(void) {
         cmocka_unit_test(kl_of_two_tokens_is_the_closed_form),
         cmocka_unit_test(full_prefill_differs_from_itself_by_nothing),
         cmocka_unit_test(all_equals_full_prefill_and_none_does_not),
+        cmocka_unit_test(true_rows_of_all_equal_full_prefill),
         cmocka_unit_test(none_of_one_chunk_equals_full_prefill),
         cmocka_unit_test(forced_logits_are_those_of_decoding),
         cmocka_unit_test(combined_layers_select_what_infoflow_selects),
