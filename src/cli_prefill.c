@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include "cli.h"
-#include "exchange.h"
 #include "output.h"
 #include "output_record.h"
 #include "status.h"
@@ -220,19 +219,18 @@ static ifkv_status open_output(prefill_run *run) {
     const cli_options *o = run->options;
     /* what is not exact sees other keys for other ranks; every other result is the same for any
      * number of them */
-    const ifkv_exchange_ops *exchange = ifkv_exchange_find(or_default(o->exchange, "auto"));
-    const bool is_rank_bound = exchange && !exchange->is_exact;
+    const char *exchange = or_default(o->exchange, "auto");
+    const bool is_rank_bound = !strcmp(exchange, "kv") || !strcmp(exchange, "local");
     snprintf(run->what, sizeof run->what,
              "method=%s;ratio=%s;exchange=%s;chunk=%lld;score=%s;score_rows=%s;score_layers=%s;"
              "geometry=%s;hp=%s;max_new=%lld;seed=%llu;epic_k=%lld;"
              "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d%s",
-             or_default(o->method, "infoflow"), or_default(o->ratio, "0.15"),
-             or_default(o->exchange, "auto"), (long long)o->chunk, or_default(o->score, "l2"),
-             or_default(o->score_rows, "question"), or_default(o->score_layers, "published"),
-             or_default(o->geometry, "global"), or_default(o->hp, "shared"), (long long)o->max_new,
-             (unsigned long long)o->seed, (long long)(o->epic_k ? o->epic_k : 16),
-             o->has_random_weights ? "random-" : "file-", (unsigned long long)o->random_weights,
-             or_default(o->backend, "auto"),
+             or_default(o->method, "infoflow"), or_default(o->ratio, "0.15"), exchange,
+             (long long)o->chunk, or_default(o->score, "l2"), or_default(o->score_rows, "question"),
+             or_default(o->score_layers, "published"), or_default(o->geometry, "global"),
+             or_default(o->hp, "shared"), (long long)o->max_new, (unsigned long long)o->seed,
+             (long long)(o->epic_k ? o->epic_k : 16), o->has_random_weights ? "random-" : "file-",
+             (unsigned long long)o->random_weights, or_default(o->backend, "auto"),
              is_rank_bound || o->save_kv ? ifkv_comm_size(run->comm) : 0, o->save_kv,
              o->save_logits, o->save_scores,
              o->store ? ";store=1" : ""); /* what is in it changes nothing, that it is used does */

@@ -2,7 +2,10 @@
  *
  * Owns one allocation that holds every tensor in the back end's dtype, packed so that a layer needs
  * four products: Q, K and V lie in one matrix, gate and up in another.  Knows the tensor names of
- * each family; knows nothing of requests or ranks. */
+ * each family; knows nothing of requests or ranks.
+ * On the CPU the dtype is float32 whatever the checkpoint's: OpenBLAS multiplies bf16 weights only
+ * with bf16 activations, which would give up float32 results, and widening them in every pass would
+ * read and write the weights once more than the products do.  The price is memory. */
 #ifndef IFKV_SRC_MODEL_H
 #define IFKV_SRC_MODEL_H
 

@@ -65,6 +65,16 @@ for file in src/*.[ch] comm/*.[ch]; do
     done
 done
 
+# The tool is the library's first client: it reaches the engine through ifkv.h alone.
+for file in src/cli*.[ch]; do
+    for header in $(sed -n 's/^#include "\([^"]*\)".*/\1/p' "$file"); do
+        case $header in
+        ifkv.h | status.h | digest.h | json.h | h5.h | request.h | output*.h | store.h | cli.h) ;;
+        *) offend "$file includes $header: the tool reaches the engine through ifkv.h" ;;
+        esac
+    done
+done
+
 # Orchestration has no conditionals: the only halves are named in these files.
 for hit in $(grep -lE '^#[[:space:]]*if(def)? .*IFKV_HAVE' src/*.c comm/*.c); do
     echo "$hit" | grep -qE '^(src/backend\.c|comm/comm\.c|src/cli\.c)$' || offend "$hit has a conditional on IFKV_HAVE_*"
