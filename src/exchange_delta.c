@@ -259,6 +259,6 @@ const ifkv_exchange_ops ifkv_exchange_delta_ops = {
     .store = delta_store,
     .attend = delta_attend,
     .bytes = delta_bytes,
-    .explain = "all K/V go to every rank once, behind encode, then the fresh rows only; exact, "
+    .explain = "all K/V go to every rank once, in encode, then the fresh rows only; exact, "
                "needs memory for all K/V on every rank",
 };

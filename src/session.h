@@ -77,7 +77,6 @@ struct ifkv_session {
 
     double ms[IFKV_N_STAGE], ttft_ms;
     int64_t bytes[IFKV_N_STAGE];
-    size_t planned_bytes;
     uint8_t *recomputed; /* [n_kept] */
     int64_t *position;   /* [n_kept] */
     int32_t *kept_token; /* [n_kept] */

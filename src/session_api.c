@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "log.h"
 #include "prefill.h"
 
 const char *ifkv_stage_name(ifkv_stage stage) {
@@ -42,12 +43,6 @@ static ifkv_status place(ifkv_engine *engine, const ifkv_request *request,
     if (status == IFKV_OK && session->reuse.is_on) status = ifkv_engine_identify(engine);
     status = ifkv_comm_agree(engine->comm, status, NULL);
     if (status == IFKV_OK)
-        status = ifkv_comm_same(engine->comm, (uint64_t)session->n_context, "context length");
-    if (status == IFKV_OK)
-        status = ifkv_comm_same(engine->comm, (uint64_t)session->n_prompt, "prompt length");
-    if (status == IFKV_OK)
-        status = ifkv_comm_same(engine->comm, (uint64_t)session->n_question, "question length");
-    if (status == IFKV_OK)
         status = ifkv_comm_same(engine->comm, session->plan_digest, "chunks and options");
     if (status != IFKV_OK) {
         ifkv_session_destroy(session);
@@ -55,7 +50,11 @@ static ifkv_status place(ifkv_engine *engine, const ifkv_request *request,
     }
     ifkv_arena arena = {.base = engine->arena};
     ifkv_session_layout(session, &arena);
-    session->planned_bytes = bytes;
+    ifkv_log(IFKV_LOG_INFO, "exchange %s: %s", session->exchange->ops->name,
+             session->exchange->ops->explain);
+    if (session->selector)
+        ifkv_log(IFKV_LOG_INFO, "selector %s: %s", session->selector->ops->name,
+                 session->selector->ops->explain);
     engine->has_session = true;
     *session_p = session;
     return IFKV_OK;
