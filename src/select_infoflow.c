@@ -1,14 +1,14 @@
 /* Selector `infoflow`: rows through which the question's attention flows (arXiv 2603.05353).
  *
  * The question's rows are replicated on every rank and run through the layers up to the last
- * scoring layer.  In each layer they see every context row, wherever it is, and the question
- * causally; nothing of theirs is kept.  Positions are those of the geometry: keys lie in the shard
- * rotated at their index, and are rotated on by the difference, exact up to rounding.  In the
- * scoring layers the exact probabilities of this rank's keys are reduced to a score per row; scores
- * are then gathered. Every sum over context keys is cut at chunk boundaries and carried between
- * ranks in the back end's part dtype (float64 on the CPU), so that scores do not depend on the
- * number of ranks: near-ties at the threshold lie as close as a relative 1e-7. Source:
- * algorithm 1.4, 1.5. */
+ * scoring layer, in a pass of their own or riding in encode's.  In each layer they see every
+ * context row, wherever it is, and the question causally; nothing of theirs is kept.  Positions are
+ * those of the geometry: keys lie in the shard rotated at their index, and are rotated on by the
+ * difference, exact up to rounding.  In the scoring layers the exact probabilities of this rank's
+ * keys are reduced to a score per row; scores are then gathered. Every sum over context keys is cut
+ * at chunk boundaries and carried between ranks in the back end's part dtype (float64 on the CPU),
+ * so that scores do not depend on the number of ranks: near-ties at the threshold lie as close as a
+ * relative 1e-7. Source: algorithm 1.4, 1.5. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
