@@ -61,9 +61,11 @@ ifkv_status quality_session(quality_case *it, const ifkv_prefill_options *option
         request.question = it->request->prompt;
         request.n_question = it->request->n_prompt;
     }
+    ifkv_prefill_options apart = *options;
+    apart.ride = "none"; /* stages run one by one, over rows that are there already */
     ifkv_session *session = NULL;
     size_t bytes = 0;
-    ifkv_status status = ifkv_session_create(it->engine, &request, options, &session, &bytes);
+    ifkv_status status = ifkv_session_create(it->engine, &request, &apart, &session, &bytes);
     if (status != IFKV_OK) return status;
     IFKV_TRY_GOTO(status, ifkv_engine_reserve(it->engine, bytes), err_destroy);
     ifkv_arena arena = {.base = it->engine->arena};

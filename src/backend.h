@@ -76,6 +76,10 @@ typedef struct ifkv_backend_ops {
     const char *name;      /* "cpu" */
     ifkv_dtype dtype;      /* of activations, weights and K/V */
     ifkv_dtype part_dtype; /* of partial outputs that cross ranks while scoring */
+    /* Rows that ride in the pass of others (algorithm 1.4, 1.8) join their matrix products, which
+     * then read the weights once; the bits of both may depend on that.  False: products of their
+     * own, so that riding changes no bit, over weights that are still in a cache. */
+    bool joins_riders;
 
     void (*close)(ifkv_backend *backend);
     /* Size per-thread scratch for a model's heads, once, before the first attention.  Allocates. */

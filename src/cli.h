@@ -13,7 +13,7 @@
 typedef struct cli_options {
     const char *model, *requests, *out, *run;
     const char *method, *ratio, *exchange, *score, *score_rows, *score_layers, *geometry, *hp,
-        *placement;
+        *placement, *ride;
     const char *backend, *comm, *store, *store_size;
     int64_t chunk, max_new, epic_k, ranks, threads;
     uint64_t seed, random_weights;

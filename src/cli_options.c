@@ -58,6 +58,10 @@ static const option table[] = {
      "auto, zigzag, contiguous, longest: changes time, never results"},
     {"max-new", KIND_COUNT, CLI_METHOD, AT(max_new), 0, INT32_MAX, "N", "32",
      "generated tokens at most; 0: prefill only"},
+    {"ride", KIND_TEXT, CLI_METHOD, AT(ride), 0, 0, "ROWS", "both",
+     "both, score, prompt or none: scoring rows run through encode (without --store, under "
+     "geometry "
+     "global), the prompt through recompute; changes time, never results"},
     {"epic-k", KIND_COUNT, CLI_METHOD, AT(epic_k), 0, INT32_MAX, "N", "16",
      "rows at the head of each chunk that method epic recomputes; 0: 16"},
     {"seed", KIND_SEED, CLI_METHOD, AT(seed), 0, 0, "S", "0", "of method random"},

@@ -42,6 +42,7 @@ ifkv_prefill_options cli_prefill_options(const cli_options *options, const ifkv_
         .keep_scores = options->save_scores,
         .store = store,
         .epic_k = options->epic_k,
+        .ride = options->ride,
     };
     if (item && item->max_new >= 0) prefill.max_new = item->max_new;
     if (item && item->is_context && !options->chunk) prefill.chunk = CONTEXT_CHUNK;
@@ -151,7 +152,12 @@ static void print_row(const ifkv_request_item *item, const ifkv_result *result) 
     char shown[IFKV_QUOTE_BYTES];
     printf("%-24.24s %8lld %8lld", ifkv_quote(item->id, strlen(item->id), shown),
            (long long)(result->n_context + result->n_prompt), (long long)result->n_selected);
-    for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++) printf(" %9.1f", result->ms[stage]);
+    for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++) {
+        if (result->rode[stage])
+            printf(" %9s", "rode"); /* its zero is not a time */
+        else
+            printf(" %9.1f", result->ms[stage]);
+    }
     printf(" %9.1f %9.1f %6lld %9.2f", result->ttft_ms, result->ms[IFKV_STAGE_DECODE],
            (long long)result->n_answer, (double)result->bytes_total / 1e6);
     print_store(result);

@@ -80,6 +80,7 @@ static const ifkv_backend_ops cpu_ops = {
     /* Parts of parts: one rounding to float32 at the end, so that scores and the selection do not
      * depend on how the keys were dealt to ranks. */
     .part_dtype = IFKV_DTYPE_F64,
+    .joins_riders = false,
     .close = cpu_close,
     .prepare = cpu_prepare,
     .alloc = cpu_alloc,

@@ -211,6 +211,7 @@ typedef enum ifkv_stage {
 /* "place", "encode", ... */
 const char *ifkv_stage_name(ifkv_stage stage);
 
+/* A stage that rides is part of the one it rides in. */
 typedef void (*ifkv_progress_fn)(void *arg, ifkv_stage stage, int64_t done, int64_t total);
 /* True: give up before the next stage.  Asked on every rank; one rank's answer is everybody's. */
 typedef bool (*ifkv_stop_fn)(void *arg);
@@ -244,6 +245,10 @@ typedef struct ifkv_prefill_options {
     int64_t epic_k;          /* of method "epic": rows at the head of each chunk; 0: 16 */
     ifkv_stop_fn stop;       /* on every rank or on none; a session that stops returns BUSY */
     void *stop_arg;
+    const char *ride; /* NULL: "both"; "score": the scoring rows run through encode where nothing
+                         comes from a store and the geometry is "global"; "prompt": the prompt runs
+                         through recompute where any row is selected; "none".  Saves a reading of
+                         the weights; results agree up to rounding, on the CPU to the bit */
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */
@@ -295,6 +300,8 @@ typedef struct ifkv_result {
     bool has_store;           /* a chunk store was used */
     int64_t store_hits, store_misses; /* entries, sum over ranks: chunks, and the prefix rows */
     int64_t store_tokens_hit;         /* context rows that were loaded, of n_context */
+    bool rode[IFKV_N_STAGE]; /* stages that rode: score in encode, prompt in recompute, which count
+                                their ms and bytes; their own are 0 */
 } ifkv_result;
 
 /* The result so far, the same on every rank except first_logits; arrays borrowed from the session.

@@ -49,6 +49,11 @@ void ifkv_pass_layout(ifkv_pass *pass, ifkv_arena *arena, ifkv_dtype dtype);
 ifkv_status ifkv_pass_begin(ifkv_pass *pass, ifkv_backend *backend, int64_t n_row,
                             const int32_t *token, const int64_t *position, int64_t n_group,
                             const int64_t *group_begin);
+/* Add n_rider rows to the n_group groups of a pass: in a group of their own, or in the last one
+ * where the back end says that riders join (see backend.h).  group_begin has room for one more.
+ * Returns the number of groups. */
+int64_t ifkv_pass_add_riders(const ifkv_backend *backend, int64_t n_rider, int64_t n_group,
+                             int64_t *group_begin);
 
 /* What of a layer is to be done. */
 enum {
@@ -62,6 +67,19 @@ enum {
 /* Run one layer over the rows of the pass, in place on hidden.  Collective through the exchange;
  * asynchronous. */
 ifkv_status ifkv_layer_run(ifkv_pass *pass, int layer, ifkv_exchange *exchange, unsigned what);
+
+/* Rows of a pass, in order behind those of the part before, and what becomes of them in a layer. */
+typedef struct ifkv_layer_part {
+    ifkv_exchange *exchange; /* borrowed */
+    int64_t n_row;
+    unsigned what;
+} ifkv_layer_part;
+
+/* The same over a pass of several parts, each with its exchange: riders behind the rows that carry
+ * them (algorithm 1.4, 1.8).  All parts store before any attends, in the order of the list.  Linear
+ * work goes over neighbouring parts that want the same together, in the pass's row blocks. */
+ifkv_status ifkv_layer_run_parts(ifkv_pass *pass, int layer, const ifkv_layer_part *part,
+                                 int n_part);
 
 /* logits [1, n_vocab] float32 of one row of hidden: final norm and LM head.  Uses the pass's norm
  * scratch.  Local. */

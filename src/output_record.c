@@ -39,6 +39,14 @@ static json_t *ms_to_json(const ifkv_result *result) {
     return ms;
 }
 
+static json_t *rode_to_json(const ifkv_result *result) {
+    json_t *rode = json_array();
+    for (int i = 0; i < IFKV_N_STAGE; i++)
+        if (result->rode[i])
+            json_array_append_new(rode, json_string(ifkv_stage_name((ifkv_stage)i)));
+    return rode;
+}
+
 static json_t *bytes_to_json(const ifkv_result *result) {
     json_t *bytes = json_object();
     for (int i = 0; i < IFKV_N_STAGE; i++)
@@ -67,7 +75,7 @@ ifkv_status ifkv_output_result_line(const ifkv_request_item *item, const ifkv_re
     char hex[17];
     digest_to_hex(result->selected_digest, hex);
     json_t *root = json_pack(
-        "{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:[], "
+        "{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:o, "
         "s:o, s:{s:I, s:I, s:I}, s:o}",
         "id", item->id, "answers", json_or_null(item->answers_json), "meta",
         json_or_null(item->meta_json), "answer_ids", ids_to_json(result->answer, result->n_answer),
@@ -76,8 +84,8 @@ ifkv_status ifkv_output_result_line(const ifkv_request_item *item, const ifkv_re
         text_or_null(result->comm), "size", result->n_rank, "n_context",
         (json_int_t)result->n_context, "n_chunk", (json_int_t)result->n_chunk, "n_prompt",
         (json_int_t)result->n_prompt, "n_selected", (json_int_t)result->n_selected,
-        "selected_digest", hex, "ms", ms_to_json(result), "rode", "bytes", bytes_to_json(result),
-        "memory", "weights", (json_int_t)result->memory_weights, "planned",
+        "selected_digest", hex, "ms", ms_to_json(result), "rode", rode_to_json(result), "bytes",
+        bytes_to_json(result), "memory", "weights", (json_int_t)result->memory_weights, "planned",
         (json_int_t)result->memory_planned, "peak", (json_int_t)result->memory_peak, "store",
         store_to_json(result));
     char *text = root ? json_dumps(root, JSON_COMPACT | JSON_REAL_PRECISION(MS_DIGITS)) : NULL;
@@ -120,8 +128,12 @@ static ifkv_status write_header(ifkv_h5 *file, const ifkv_output_options *option
 }
 
 static ifkv_status write_texts(ifkv_h5 *file, const ifkv_result *r) {
-    char hex[17];
+    char hex[17], rode[16 * IFKV_N_STAGE] = "";
     digest_to_hex(r->selected_digest, hex);
+    for (int i = 0; i < IFKV_N_STAGE; i++)
+        if (r->rode[i])
+            snprintf(rode + strlen(rode), sizeof rode - strlen(rode), "%s%s", *rode ? "," : "",
+                     ifkv_stage_name((ifkv_stage)i));
     const struct {
         const char *name, *text;
     } field[] = {
@@ -134,6 +146,7 @@ static ifkv_status write_texts(ifkv_h5 *file, const ifkv_result *r) {
         {"score_layers", r->score_layers},
         {"geometry", r->geometry},
         {"hp", r->hp},
+        {"rode", rode},
     };
     for (size_t i = 0; i < sizeof field / sizeof *field; i++)
         if (field[i].text) IFKV_TRY(ifkv_h5_text_write(file, field[i].name, field[i].text));

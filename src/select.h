@@ -36,6 +36,7 @@ typedef struct ifkv_select_input {
     int score_layer[IFKV_MAX_SCORE_LAYER]; /* ascending */
     ifkv_progress_fn progress;             /* may be NULL */
     void *progress_arg;
+    bool is_riding; /* the scoring rows ride through encode: the selector has no pass of its own */
 } ifkv_select_input;
 
 typedef struct ifkv_select_ops {
@@ -49,8 +50,17 @@ typedef struct ifkv_select_ops {
     void (*fini)(ifkv_selector *selector);
     void (*layout)(ifkv_selector *selector,
                    ifkv_arena *arena); /* Local; runs twice (see arena.h) */
-    /* Fill score [n_context], in index order, on every rank; finite and >= 0.  Collective. */
+    /* Fill score [n_context], in index order, on every rank; finite and >= 0.  Collective.  For
+     * rows that rode, after the last layer of encode, before anything else uses its memory. */
     ifkv_status (*score)(ifkv_selector *selector, float *score);
+    /* Ride through encode (algorithm 1.4): the scoring rows are rows [first, first + n_question) of
+     * the pass, begun by the caller, at the positions of GLOBAL.  NULL, all three: no row of this
+     * selector can ride.  Before the first layer, Local; */
+    ifkv_status (*ride_begin)(ifkv_selector *selector, ifkv_pass *pass, int64_t first);
+    /*   what becomes of the rows in a layer, Local; */
+    ifkv_layer_part (*ride_part)(ifkv_selector *selector, int layer);
+    /*   when that layer has run, Local.  Errors are kept for `score`. */
+    void (*ride_layer)(ifkv_selector *selector, int layer);
     /* Write the budget's rows, ascending.  The same on every rank; Local. */
     ifkv_status (*choose)(ifkv_selector *selector, const float *score, int64_t *selected);
     const char *explain; /* one sentence for help texts */

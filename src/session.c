@@ -178,10 +178,11 @@ static ifkv_status list_encode_rows(ifkv_session *session) {
     const int rank = session->engine->comm->rank;
     session->n_encoded = ifkv_placement_encoded_rows(placement, rank);
     session->n_chunk = ifkv_placement_chunks(placement, rank);
-    const size_t n = (size_t)session->n_encoded;
-    session->encode_begin = malloc(((size_t)session->n_chunk + 1) * sizeof *session->encode_begin);
-    session->encode_token = malloc(n * sizeof *session->encode_token + 1);
-    session->encode_position = malloc(n * sizeof *session->encode_position + 1);
+    session->n_encode_rider = session->rides[IFKV_STAGE_SCORE] ? session->n_question : 0;
+    const size_t n = (size_t)session->n_encoded, n_all = n + (size_t)session->n_encode_rider;
+    session->encode_begin = malloc(((size_t)session->n_chunk + 2) * sizeof *session->encode_begin);
+    session->encode_token = malloc(n_all * sizeof *session->encode_token + 1);
+    session->encode_position = malloc(n_all * sizeof *session->encode_position + 1);
     session->encode_stage = malloc(3 * n * sizeof *session->encode_stage + 1);
     IFKV_REQUIRE(session->encode_begin && session->encode_token && session->encode_position &&
                      session->encode_stage,
@@ -202,9 +203,14 @@ static ifkv_status list_encode_rows(ifkv_session *session) {
         }
     }
     session->encode_begin[n_chunk] = row;
-    const int64_t groups = session->n_chunk;
+    for (int64_t i = 0; i < session->n_encode_rider; i++)
+        session->encode_position[row + i] = session->n_context + i;
+    session->n_encode_group = n_chunk;
+    if (session->n_encode_rider > 0)
+        session->n_encode_group = ifkv_pass_add_riders(
+            session->engine->backend, session->n_encode_rider, n_chunk, session->encode_begin);
     return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->frequency,
-                          session->n_encoded, groups);
+                          session->n_encoded + session->n_encode_rider, session->n_encode_group);
 }
 
 void ifkv_session_spread_tokens(ifkv_session *session) {
@@ -222,6 +228,8 @@ void ifkv_session_spread_tokens(ifkv_session *session) {
                (size_t)(n - dropped) * sizeof *session->token);
         row += n;
     }
+    memcpy(session->encode_token + session->n_encoded, session->question,
+           (size_t)session->n_encode_rider * sizeof *session->question);
 }
 
 static ifkv_status copy_given_selection(ifkv_session *session) {
@@ -236,6 +244,12 @@ static ifkv_status copy_given_selection(ifkv_session *session) {
         session->selected[i] = index;
     }
     return IFKV_OK;
+}
+
+/* What the caller lets ride: "score", "prompt" or both. */
+static bool may_ride(const ifkv_session *session, const char *rows) {
+    const char *ride = session->options.ride;
+    return !ride || !strcmp(ride, "both") || !strcmp(ride, rows);
 }
 
 static void print_score_layers(ifkv_session *session, const ifkv_select_input *input) {
@@ -291,6 +305,11 @@ static ifkv_status plan_selection(ifkv_session *session) {
             print_score_layers(session, &input);
             session->geometry = input.geometry;
         }
+        /* with a store K lies in the shards unrotated until all layers are there */
+        session->rides[IFKV_STAGE_SCORE] = may_ride(session, "score") && ops->ride_begin &&
+                                           !session->reuse.is_on &&
+                                           input.geometry == IFKV_GEOMETRY_GLOBAL;
+        input.is_riding = session->rides[IFKV_STAGE_SCORE];
         session->scores = malloc((size_t)session->n_context * sizeof *session->scores);
         IFKV_REQUIRE(session->scores, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
                      "session: out of host memory");
@@ -309,10 +328,9 @@ static int64_t largest_shard(const ifkv_placement *placement) {
     return most;
 }
 
-/* Exchange and, unless pass is NULL, buffers for up to max_row rows over all ranks, max_home of
- * them here. */
-static ifkv_status plan_rows(ifkv_session *session, const char *exchange, int64_t max_row,
-                             int64_t max_home, ifkv_pass *pass, ifkv_exchange **exchange_p) {
+/* An exchange for up to max_row rows over all ranks, max_home of them here. */
+static ifkv_status plan_exchange(ifkv_session *session, const char *exchange, int64_t max_row,
+                                 int64_t max_home, ifkv_exchange **exchange_p) {
     const ifkv_engine *engine = session->engine;
     const ifkv_config *config = &engine->model.config;
     const ifkv_exchange_shape shape = {
@@ -325,25 +343,32 @@ static ifkv_status plan_rows(ifkv_session *session, const char *exchange, int64_
         .max_shard = largest_shard(&session->placement),
         .placement = &session->placement,
     };
-    IFKV_TRY(ifkv_exchange_create(exchange, engine->backend, engine->comm, &session->cache, &shape,
-                                  exchange_p));
-    return pass ? ifkv_pass_init(pass, &engine->model, engine->frequency, max_home, 1) : IFKV_OK;
+    return ifkv_exchange_create(exchange, engine->backend, engine->comm, &session->cache, &shape,
+                                exchange_p);
 }
 
 static ifkv_status plan_passes(ifkv_session *session) {
-    const ifkv_comm *comm = session->engine->comm;
+    const ifkv_engine *engine = session->engine;
+    const ifkv_comm *comm = engine->comm;
     const int64_t k = session->is_exact ? session->n_context : session->n_selected,
                   n_prompt = session->n_prompt;
     const ifkv_exchange_ops *ops = ifkv_exchange_find(session->exchange_name);
-    int64_t home = ifkv_deal_count(k, comm->size, comm->rank);
+    int64_t home = ifkv_deal_count(k, comm->size, comm->rank),
+            prompt_home = ifkv_deal_count(n_prompt, session->placement.n_tail_rank, comm->rank);
     if (ops && ops->is_home_owner) home = k < session->n_kept ? k : session->n_kept;
-    IFKV_TRY(plan_rows(session, session->exchange_name, k, home,
-                       session->is_exact ? NULL : &session->recompute, &session->exchange));
-    home = ifkv_deal_count(n_prompt, session->placement.n_tail_rank, comm->rank);
-    IFKV_TRY(
-        plan_rows(session, "query", n_prompt, home, &session->prompt, &session->prompt_exchange));
+    IFKV_TRY(plan_exchange(session, session->exchange_name, k, home, &session->exchange));
+    IFKV_TRY(plan_exchange(session, "query", n_prompt, prompt_home, &session->prompt_exchange));
 
-    const size_t rows = (size_t)(k > n_prompt ? k : n_prompt);
+    session->rides[IFKV_STAGE_PROMPT] = may_ride(session, "prompt") && session->n_selected > 0;
+    if (session->rides[IFKV_STAGE_PROMPT]) {
+        home += prompt_home;
+        prompt_home = prompt_home > 0; /* decode's row */
+    }
+    if (!session->is_exact)
+        IFKV_TRY(ifkv_pass_init(&session->recompute, &engine->model, engine->frequency, home, 2));
+    IFKV_TRY(ifkv_pass_init(&session->prompt, &engine->model, engine->frequency, prompt_home, 1));
+
+    const size_t rows = (size_t)(k + n_prompt);
     session->pass_index = malloc(rows * sizeof *session->pass_index);
     session->pass_home = malloc(rows * sizeof *session->pass_home);
     session->pass_owner = malloc(rows * sizeof *session->pass_owner);
@@ -353,8 +378,7 @@ static ifkv_status plan_passes(ifkv_session *session) {
                      session->home_token && session->home_position,
                  IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session: out of host memory");
     if (comm->rank == 0) {
-        const size_t bytes =
-            (size_t)session->engine->model.config.n_vocab * sizeof *session->logits;
+        const size_t bytes = (size_t)engine->model.config.n_vocab * sizeof *session->logits;
         session->logits = malloc(bytes);
         session->first_logits = malloc(bytes);
         IFKV_REQUIRE(session->logits && session->first_logits, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
@@ -367,7 +391,8 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     ifkv_prefill_options options;
     IFKV_TRY(ifkv_struct_read(&options, sizeof options, caller_options, "prefill_options"));
     char shown[IFKV_QUOTE_BYTES];
-    const char *method = options.method, *exchange = options.exchange, *rows = options.score_rows;
+    const char *method = options.method, *exchange = options.exchange, *rows = options.score_rows,
+               *ride = options.ride;
     int64_t num, den;
     ifkv_score_form form;
     ifkv_geometry geometry;
@@ -385,6 +410,11 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     IFKV_REQUIRE(!rows || !strcmp(rows, "question") || !strcmp(rows, "prompt"), IFKV_ERR_USAGE,
                  IFKV_E_VALUE, "score-rows: got \"%s\", expected question or prompt",
                  ifkv_quote(rows, strlen(rows), shown));
+    IFKV_REQUIRE(!ride || !strcmp(ride, "both") || !strcmp(ride, "score") ||
+                     !strcmp(ride, "prompt") || !strcmp(ride, "none"),
+                 IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "ride: got \"%s\", expected both, score, prompt or none",
+                 ifkv_quote(ride, strlen(ride), shown));
     IFKV_TRY(ifkv_ratio_parse(options.ratio ? options.ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options.score ? options.score : "l2", &form));
     IFKV_TRY(ifkv_geometry_parse(options.geometry, options.hp, &geometry));
@@ -468,6 +498,7 @@ static ifkv_status digest_plan(ifkv_session *session) {
         placement->n_chunk, session->reuse.is_on,    session->geometry};
     for (size_t i = 0; i < sizeof number / sizeof *number; i++)
         ifkv_digest_add_u64(digest, (uint64_t)number[i]);
+    for (int i = 0; i < IFKV_N_STAGE; i++) ifkv_digest_add_u64(digest, session->rides[i]);
     for (int64_t i = 0; i < placement->n_chunk; i++) {
         ifkv_digest_add_u64(digest, (uint64_t)placement->offset[i]);
         ifkv_digest_add_u64(digest, (uint64_t)placement->rank[i]);
@@ -489,10 +520,10 @@ ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *r
     IFKV_TRY_GOTO(status, cut_chunks(session), err_destroy);
     IFKV_TRY_GOTO(status, place(session), err_destroy);
     IFKV_TRY_GOTO(status, list_tokens(session), err_destroy);
+    IFKV_TRY_GOTO(status, plan_selection(session), err_destroy);
     IFKV_TRY_GOTO(status,
                   session->reuse.is_on ? ifkv_reuse_plan(session) : list_encode_rows(session),
                   err_destroy);
-    IFKV_TRY_GOTO(status, plan_selection(session), err_destroy);
     IFKV_TRY_GOTO(status, plan_passes(session), err_destroy);
     IFKV_TRY_GOTO(status, digest_plan(session), err_destroy);
     ifkv_session_layout(session, &arena);
@@ -539,14 +570,14 @@ void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena) {
     else
         layout_chunk_exchange(session, arena);
     if (session->reuse.is_on) ifkv_reuse_layout(session, arena);
-    ifkv_arena_reset(arena, mark);
+    if (!session->rides[IFKV_STAGE_SCORE]) ifkv_arena_reset(arena, mark);
     if (session->selector) session->selector->ops->layout(session->selector, arena);
     ifkv_arena_reset(arena, mark);
     if (!session->is_exact) {
         ifkv_pass_layout(&session->recompute, arena, dtype);
         session->exchange->ops->layout(session->exchange, arena);
     }
-    ifkv_arena_reset(arena, mark);
+    if (!session->rides[IFKV_STAGE_PROMPT]) ifkv_arena_reset(arena, mark);
     ifkv_pass_layout(&session->prompt, arena, dtype);
     session->prompt_exchange->ops->layout(session->prompt_exchange, arena);
 }

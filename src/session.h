@@ -16,7 +16,9 @@ struct ifkv_session {
     ifkv_request request; /* arrays borrowed from the caller */
     ifkv_prefill_options options;
     const char *method, *exchange_name;
-    bool is_exact; /* the method is a pass of its own exchange over the whole context */
+    bool is_exact;            /* the method is a pass of its own exchange over the whole context */
+    bool rides[IFKV_N_STAGE]; /* the stage's rows run in an earlier one: score in encode, prompt in
+                                 recompute */
 
     int64_t n_context, n_prompt, n_question, max_new,
         n_tail;             /* n_tail: prompt and generated rows with K/V */
@@ -31,13 +33,16 @@ struct ifkv_session {
     int64_t *cache_index; /* [cache.capacity] */
     int64_t n_kept;       /* context rows of this rank */
 
-    /* Encode: the rows of this rank's chunks, each behind its prefix, or of its slices. */
+    /* Encode: the rows of this rank's chunks, each behind its prefix, or of its slices; behind them
+     * scoring rows that ride. */
     ifkv_exchange chunk_exchange;
     ifkv_pass encode;
     int64_t n_encoded, n_chunk;     /* rows and chunks of this rank */
-    int64_t *encode_begin;          /* [n_chunk + 1] row groups */
-    int32_t *encode_token;          /* [n_encoded] */
-    int64_t *encode_position;       /* [n_encoded] */
+    int64_t n_encode_rider;         /* rows that ride */
+    int64_t n_encode_group;         /* row groups: chunks, and the riders' */
+    int64_t *encode_begin;          /* [n_encode_group + 1] */
+    int32_t *encode_token;          /* [n_encoded + n_encode_rider] */
+    int64_t *encode_position;       /* [n_encoded + n_encode_rider] */
     int64_t *span_begin, *span_end; /* [n_encoded] back-end memory */
     int64_t *kept_row;              /* [n_kept] encode row of each shard row; back-end memory */
     ifkv_view encode_lse;           /* [n_encoded, n_head] written, never read */
@@ -55,7 +60,7 @@ struct ifkv_session {
     char score_layers[2048]; /* "" unless the question's attention is scored */
     ifkv_geometry geometry;  /* while scoring */
     ifkv_exchange *exchange;
-    ifkv_pass recompute;
+    ifkv_pass recompute; /* a prompt that rides is in it, behind S */
 
     /* Prompt and decode. */
     ifkv_exchange *prompt_exchange;

@@ -110,6 +110,7 @@ ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
     session->ms[IFKV_STAGE_PLACE] = backend->ops->clock_ms(backend) - begin;
     session->bytes[IFKV_STAGE_PLACE] = engine->comm->bytes_received;
     for (size_t i = 0; i < sizeof stages / sizeof *stages && status == IFKV_OK; i++) {
+        if (session->rides[stages[i].stage]) continue;
         if (i > 0) status = check_stop(engine->comm, options);
         if (status == IFKV_OK) status = run_stage(session, stages[i].stage, stages[i].run);
     }
@@ -198,6 +199,7 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .geometry = *session->score_layers ? ifkv_geometry_name(session->geometry) : "",
         .hp = *session->score_layers ? ifkv_geometry_hp_name(session->geometry) : "",
     };
+    memcpy(result.rode, session->rides, sizeof result.rode);
     IFKV_TRY(reduce_result(session, &result));
     return ifkv_struct_write(caller_result, &result, sizeof result, "result");
 }

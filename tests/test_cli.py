@@ -115,7 +115,7 @@ class Arguments(Tool):
 
     def test_names_must_be_known(self):
         for flag in ["--method", "--exchange", "--score", "--score-rows", "--score-layers", "--geometry", "--hp", "--backend",
-                     "--comm", "--placement"]:
+                     "--comm", "--placement", "--ride"]:
             with self.subTest(flag=flag):
                 self.assert_answer(self.prefill([request()], flag, "frobnicate"), 2, "frobnicate")
 
@@ -427,6 +427,7 @@ class Output(Tool):
             self.assertEqual(f["scores"].shape, (14,))
             self.assertEqual(f["selected"].dtype, np.int64)
             self.assertEqual(f.attrs["n_context"], 14)
+            self.assertEqual(f.attrs["rode"], b"score,prompt")
         index = []
         for name in line["kv"]:
             with h5py.File(os.path.join(out, name)) as f:
@@ -464,6 +465,30 @@ class Ranks(Tool):
             self.assertEqual(result["size"], mpi or (3 if args else 1))
             seen.add((result["selected_digest"], tuple(result["answer_ids"])))
         self.assertEqual(len(seen), 1)
+
+    def test_riding_changes_no_bit_over_mpi(self):
+        few = request(prefix=[], chunks=[[5], [6, 7]])  # fewer tokens than ranks
+        for item in [*self.ITEMS, few]:
+            for ranks in [2, 4, 7]:
+                found = {}
+                for ride, rode in [("none", []), ("score", ["score"]), ("prompt", ["prompt"]), ("both", ["score", "prompt"])]:
+                    with self.subTest(ranks=ranks, ride=ride):
+                        done = self.prefill([item], "--ratio", "0.4", "--ride", ride, "--save-logits", "--save-scores",
+                                            "--overwrite", mpi=ranks)
+                        self.assert_answer(done, 0)
+                        result = self.results()[0]
+                        self.assertEqual(result["rode"], rode)
+                        for stage in ["score", "prompt"]:
+                            self.assertEqual(result["ms"][stage] == 0, stage in rode)
+                            if stage in rode:
+                                self.assertEqual(result["bytes"][stage], 0)
+                        self.assertEqual(done.stdout.split().count(b"rode"), len(rode))
+                        with h5py.File(self.path("out/r.h5")) as f:
+                            arrays = [f[name][:] for name in ["first_logits", "scores", "selected", "answer_ids"]]
+                        found[ride] = arrays, result["bytes"]["total"]
+                        self.assertEqual(found[ride][1], found["none"][1])
+                        for got, want in zip(arrays, found["none"][0]):
+                            np.testing.assert_array_equal(got, want)
 
     def prefilled_exactly(self, item, *args, out, mpi=0):
         """Result, first logits, K and V [layer, 2, row, column] in order of the index."""
