@@ -54,6 +54,11 @@ static const option table[] = {
      "global, hl-tp, hl-hp, tl-tp: rotary positions while scoring"},
     {"hp", KIND_TEXT, CLI_METHOD, AT(hp), 0, 0, "PLACE", "shared",
      "shared or per_chunk: where geometry hl-hp puts the question"},
+    {"scoring", KIND_TEXT, CLI_METHOD, AT(scoring), 0, 0, "NAME", "exact",
+     "exact: the question sees all ranks' context; local: each rank's own, so that the selection "
+     "depends on the number of ranks; for comparison"},
+    {"local-sink", KIND_FLAG, CLI_METHOD, AT(local_sink), 0, 0, NULL, NULL,
+     "under --scoring local, lend the prefix to ranks without the first chunk"},
     {"placement", KIND_TEXT, CLI_METHOD, AT(placement), 0, 0, "NAME", "auto",
      "auto, zigzag, contiguous, longest: changes time, never results"},
     {"max-new", KIND_COUNT, CLI_METHOD, AT(max_new), 0, INT32_MAX, "N", "32",

@@ -240,6 +240,9 @@ typedef struct ifkv_prefill_options {
     const char *geometry;    /* of scoring; NULL: "global"; "hl-tp", "hl-hp", "tl-tp" */
     const char *hp;          /* of geometry "hl-hp"; NULL: "shared"; "per_chunk" */
     int64_t epic_k;          /* of method "epic": rows at the head of each chunk; 0: 16 */
+    const char *scoring;     /* NULL: "exact"; "local": each rank's question sees that rank's chunks
+                                alone, so that the selection depends on placement and rank count */
+    bool local_sink;         /* of scoring "local": lend the prefix rows to ranks without chunk 0 */
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */
@@ -291,6 +294,7 @@ typedef struct ifkv_result {
     bool has_store;           /* a chunk store was used */
     int64_t store_hits, store_misses; /* entries, sum over ranks: chunks, and the prefix rows */
     int64_t store_tokens_hit;         /* context rows that were loaded, of n_context */
+    const char *scoring;              /* "exact" or "local"; "" if no attention was scored */
 } ifkv_result;
 
 /* The result so far, the same on every rank except first_logits; arrays borrowed from the session.

@@ -134,6 +134,7 @@ static ifkv_status write_texts(ifkv_h5 *file, const ifkv_result *r) {
         {"score_layers", r->score_layers},
         {"geometry", r->geometry},
         {"hp", r->hp},
+        {"scoring", r->scoring},
     };
     for (size_t i = 0; i < sizeof field / sizeof *field; i++)
         if (field[i].text) IFKV_TRY(ifkv_h5_text_write(file, field[i].name, field[i].text));

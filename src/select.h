@@ -31,6 +31,8 @@ typedef struct ifkv_select_input {
     int64_t epic_k;         /* of `epic`: rows at the head of each chunk */
     int check_layer;        /* of `cacheblend`: 1, or 0 where nothing can deviate */
     ifkv_geometry geometry; /* positions while scoring */
+    bool is_local;          /* question rows see this rank's shard and themselves only */
+    bool has_sink;          /* and where is_local, on a rank without chunk 0, the prefix */
     ifkv_score_form form;
     int n_score_layer;
     int score_layer[IFKV_MAX_SCORE_LAYER]; /* ascending */

@@ -245,6 +245,18 @@ static void print_score_layers(ifkv_session *session, const ifkv_select_input *i
                                  "%s%d", i ? "," : "", input->score_layer[i]);
 }
 
+static ifkv_status parse_scoring(const ifkv_prefill_options *options, bool *is_local_p) {
+    const char *scoring = options->scoring ? options->scoring : "exact";
+    char shown[IFKV_QUOTE_BYTES];
+    *is_local_p = !strcmp(scoring, "local");
+    IFKV_REQUIRE(*is_local_p || !strcmp(scoring, "exact"), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "scoring: got \"%s\", expected exact or local",
+                 ifkv_quote(scoring, strlen(scoring), shown));
+    IFKV_REQUIRE(*is_local_p || !options->local_sink, IFKV_ERR_USAGE, IFKV_E_CONFLICT,
+                 "local-sink: goes with scoring local, got exact");
+    return IFKV_OK;
+}
+
 static ifkv_status plan_selection(ifkv_session *session) {
     const ifkv_prefill_options *options = &session->options;
     const ifkv_engine *engine = session->engine;
@@ -266,6 +278,8 @@ static ifkv_status plan_selection(ifkv_session *session) {
         .progress = options->progress,
         .progress_arg = options->progress_arg,
     };
+    IFKV_TRY(parse_scoring(options, &input.is_local));
+    input.has_sink = options->local_sink;
     int64_t num = 0, den = 1;
     IFKV_TRY(ifkv_ratio_parse(options->ratio ? options->ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options->score ? options->score : "l2", &input.form));
@@ -290,6 +304,7 @@ static ifkv_status plan_selection(ifkv_session *session) {
         if (ops->is_question_scored) {
             print_score_layers(session, &input);
             session->geometry = input.geometry;
+            session->scoring = input.is_local ? "local" : "exact";
         }
         session->scores = malloc((size_t)session->n_context * sizeof *session->scores);
         IFKV_REQUIRE(session->scores, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
@@ -373,6 +388,7 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     ifkv_geometry geometry;
     ifkv_placement_kind kind;
     ifkv_select_input *layers;
+    bool is_local;
     IFKV_REQUIRE(!method || !strcmp(method, "full") || is_exact_method(method) ||
                      ifkv_select_find(method),
                  IFKV_ERR_USAGE, IFKV_E_VALUE, "method: got \"%s\", expected " IFKV_METHOD_NAMES,
@@ -388,6 +404,7 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     IFKV_TRY(ifkv_ratio_parse(options.ratio ? options.ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options.score ? options.score : "l2", &form));
     IFKV_TRY(ifkv_geometry_parse(options.geometry, options.hp, &geometry));
+    IFKV_TRY(parse_scoring(&options, &is_local));
     IFKV_TRY(find_placement(options.placement, &kind));
     IFKV_REQUIRE(options.chunk >= 0 && options.chunk <= max_tokens, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "chunk: got %lld, expected a number of tokens", (long long)options.chunk);
@@ -462,10 +479,12 @@ static ifkv_status digest_plan(ifkv_session *session) {
     add_text(digest, session->exchange_name);
     add_text(digest, session->scores ? session->score_layers : "");
     add_text(digest, session->scores && options->score ? options->score : "l2");
+    add_text(digest, session->scoring);
     const int64_t number[] = {
-        session->n_context, session->n_prompt,       session->n_question,       session->n_selected,
-        session->max_new,   session->scores != NULL, options->selected != NULL, placement->n_prefix,
-        placement->n_chunk, session->reuse.is_on,    session->geometry};
+        session->n_context,        session->n_prompt,   session->n_question,
+        session->n_selected,       session->max_new,    session->scores != NULL,
+        options->selected != NULL, placement->n_prefix, placement->n_chunk,
+        session->reuse.is_on,      session->geometry,   options->local_sink};
     for (size_t i = 0; i < sizeof number / sizeof *number; i++)
         ifkv_digest_add_u64(digest, (uint64_t)number[i]);
     for (int64_t i = 0; i < placement->n_chunk; i++) {
@@ -485,6 +504,7 @@ ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *r
     ifkv_status status;
     ifkv_arena arena = {0};
     session->engine = (ifkv_engine *)engine;
+    session->scoring = "";
     IFKV_TRY_GOTO(status, read_arguments(session, request, options), err_destroy);
     IFKV_TRY_GOTO(status, cut_chunks(session), err_destroy);
     IFKV_TRY_GOTO(status, place(session), err_destroy);

@@ -54,6 +54,7 @@ struct ifkv_session {
     uint64_t plan_digest; /* of all that the ranks must have in common before the first message */
     char score_layers[2048]; /* "" unless the question's attention is scored */
     ifkv_geometry geometry;  /* while scoring */
+    const char *scoring;     /* "exact", "local"; "" unless the question's attention is scored */
     ifkv_exchange *exchange;
     ifkv_pass recompute;
 

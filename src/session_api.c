@@ -181,6 +181,7 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .has_store = session->reuse.is_on,
         .geometry = *session->score_layers ? ifkv_geometry_name(session->geometry) : "",
         .hp = *session->score_layers ? ifkv_geometry_hp_name(session->geometry) : "",
+        .scoring = session->scoring,
     };
     IFKV_TRY(reduce_result(session, &result));
     return ifkv_struct_write(caller_result, &result, sizeof result, "result");

@@ -114,12 +114,12 @@ class Arguments(Tool):
 
     def test_names_must_be_known(self):
         for flag in ["--method", "--exchange", "--score", "--score-rows", "--score-layers", "--geometry", "--hp", "--backend",
-                     "--comm", "--placement"]:
+                     "--comm", "--placement", "--scoring"]:
             with self.subTest(flag=flag):
                 self.assert_answer(self.prefill([request()], flag, "frobnicate"), 2, "frobnicate")
 
     def test_features_that_do_not_exist_yet_are_unknown_options(self):
-        for flag in ["--reorder", "--scoring"]:
+        for flag in ["--reorder"]:
             with self.subTest(flag=flag):
                 self.assert_answer(self.prefill([request()], flag, "x"), 2, flag)
 
@@ -128,6 +128,9 @@ class Arguments(Tool):
 
     def test_conflicting_options_are_both_named(self):
         self.assert_answer(self.prefill([request()], "--resume", "--overwrite"), 2, "--resume", "--overwrite")
+
+    def test_a_lent_prefix_goes_with_local_scoring(self):
+        self.assert_answer(self.prefill([request()], "--local-sink"), 2, "local-sink")
 
     def test_required_option_is_named(self):
         self.assert_answer(self.run_tool("prefill", "--model", self.model), 2, "--requests")

@@ -1045,6 +1045,7 @@ static void i23_options_that_differ_stop_all(void **state) {
         ODD("score_rows", .score_rows = "prompt"),
         ODD("score_layers", .score_layers = "0"),
         ODD("geometry", .geometry = "hl-tp"),
+        ODD("scoring", .scoring = "local"),
         ODD("placement", .placement = "contiguous"),
         ODD("chunk", .chunk = 19),
         ODD("selected", .selected = some, .n_selected = 3),
@@ -1083,6 +1084,15 @@ static void i23_options_that_differ_stop_all(void **state) {
         "seed", {.method = "random", .seed = 2}, IFKV_ERR_INTERNAL, IFKV_E_DIVERGED, 0, 0, 0, NULL};
     assert_all_stop(&cases[0], &random, (ifkv_prefill_options){.method = "random", .seed = 1}, 3,
                     1);
+    static const odd_rank lent = {"sink",
+                                  {.scoring = "local", .local_sink = true},
+                                  IFKV_ERR_INTERNAL,
+                                  IFKV_E_DIVERGED,
+                                  0,
+                                  0,
+                                  0,
+                                  NULL};
+    assert_all_stop(&cases[0], &lent, (ifkv_prefill_options){.scoring = "local"}, 3, 1);
     static const odd_rank given = {"selected rows",
                                    {.selected = other, .n_selected = 3},
                                    IFKV_ERR_INTERNAL,
