@@ -37,6 +37,9 @@ ifkv_prefill_options cli_prefill_options(const cli_options *options, const ifkv_
         .hp = options->hp,
         .scoring = options->scoring,
         .local_sink = options->local_sink,
+        .reorder = options->reorder_force ? "force"
+                   : options->reorder     ? "on"
+                                          : NULL,
         .placement = options->placement,
         .chunk = options->chunk,
         .max_new = options->max_new,
@@ -227,7 +230,7 @@ static ifkv_status open_output(prefill_run *run) {
     snprintf(run->what, sizeof run->what,
              "method=%s;ratio=%s;exchange=%s;chunk=%lld;score=%s;score_rows=%s;score_layers=%s;"
              "geometry=%s;hp=%s;max_new=%lld;seed=%llu;epic_k=%lld;"
-             "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d%s%s",
+             "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d%s%s%s",
              or_default(o->method, "infoflow"), or_default(o->ratio, "0.15"), exchange,
              (long long)o->chunk, or_default(o->score, "l2"), or_default(o->score_rows, "question"),
              or_default(o->score_layers, "published"), or_default(o->geometry, "global"),
@@ -239,7 +242,8 @@ static ifkv_status open_output(prefill_run *run) {
              o->store ? ";store=1" : "", /* what is in it changes nothing, that it is used does */
              !is_local       ? ""
              : o->local_sink ? ";scoring=local;local_sink=1"
-                             : ";scoring=local");
+                             : ";scoring=local",
+             o->reorder_force || o->reorder ? ";reorder=1" : "");
     run->output_options = (ifkv_output_options){
         .dir = o->out,
         .mode = o->resume      ? IFKV_OUTPUT_RESUME

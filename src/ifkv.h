@@ -243,6 +243,10 @@ typedef struct ifkv_prefill_options {
     const char *scoring;     /* NULL: "exact"; "local": each rank's question sees that rank's chunks
                                 alone, so that the selection depends on placement and rank count */
     bool local_sink;         /* of scoring "local": lend the prefix rows to ranks without chunk 0 */
+    const char *reorder; /* NULL: "off"; "on": chunks, which must be independent documents, change
+                            places by their scores first, and all that the session tells is
+                            about the sequence in the new order; method "infoflow" with geometry
+                            "global" only; "force": also chunks that `chunk` cut */
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */
@@ -295,6 +299,8 @@ typedef struct ifkv_result {
     int64_t store_hits, store_misses; /* entries, sum over ranks: chunks, and the prefix rows */
     int64_t store_tokens_hit;         /* context rows that were loaded, of n_context */
     const char *scoring;              /* "exact" or "local"; "" if no attention was scored */
+    const int64_t *chunk_order; /* [n_chunk] the request's chunk that stands in each place; NULL
+                                   without reorder */
 } ifkv_result;
 
 /* The result so far, the same on every rank except first_logits; arrays borrowed from the session.
@@ -311,6 +317,7 @@ typedef struct ifkv_kv_rows {
     const int32_t *token;         /* [n_row] */
     const uint8_t *recomputed;    /* [n_row] 1 if recompute rewrote the row in every layer but 0 */
     const int64_t *chunk_offsets; /* [n_chunk + 1] of the whole context, in index */
+    const int64_t *chunk_order;   /* [n_chunk] see ifkv_result */
 } ifkv_kv_rows;
 
 ifkv_status ifkv_session_kv_rows(const ifkv_session *session, ifkv_kv_rows *rows);

@@ -3,7 +3,8 @@
  * The question's rows are replicated on every rank and run through the layers up to the last
  * scoring layer.  In each layer they see every context row, wherever it is, and the question
  * causally; nothing of theirs is kept.  Positions are those of the geometry: keys lie in the shard
- * rotated at their index, and are rotated on by the difference, exact up to rounding.  In the
+ * rotated at their index, and are rotated on by the difference, exact up to rounding (or unrotated
+ * while chunks may still change places).  In the
  * scoring layers the exact probabilities of this rank's keys are reduced to a score per row; scores
  * are then gathered. Every sum over context keys is cut at chunk boundaries and carried between
  * ranks in the back end's part dtype (float64 on the CPU), so that scores do not depend on the
@@ -72,7 +73,7 @@ static ifkv_status question_init(question_exchange *x, const ifkv_select_input *
     x->base.shape.n_kv_head = input->model->config.n_kv_head;
     x->base.shape.d_head = input->model->config.d_head;
     x->n_question = input->n_question;
-    x->is_shifted = input->geometry != IFKV_GEOMETRY_GLOBAL;
+    x->is_shifted = input->geometry != IFKV_GEOMETRY_GLOBAL || input->is_unrotated;
     x->is_local = input->is_local;
     x->n_lent = input->is_local && input->has_sink && size > 1 ? placement->n_prefix : 0;
     x->lender = placement->rank[0];
@@ -84,7 +85,6 @@ static ifkv_status question_init(question_exchange *x, const ifkv_select_input *
     IFKV_REQUIRE(x->chunk_slot && x->views && x->bytes, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
                  "selector infoflow: out of host memory");
     x->offset = x->bytes + size;
-    ifkv_placement_slots(placement, rank, x->chunk_slot);
     return IFKV_OK;
 }
 
@@ -328,7 +328,7 @@ static void infoflow_layout(ifkv_selector *selector, ifkv_arena *arena) {
     ifkv_scores_layout_best(&self->scores, input, arena);
 }
 
-/* The rotation from a row's index to its place in the geometry. */
+/* The rotation of a row's K to its place in the geometry: from its index, or from none. */
 static ifkv_status begin_shift(question_exchange *x, const ifkv_select_input *input) {
     const int64_t n_row = kept_rows(input), d_head = x->base.shape.d_head;
     const size_t bytes = (size_t)(n_row * d_head) * sizeof(float);
@@ -343,7 +343,8 @@ static ifkv_status begin_shift(question_exchange *x, const ifkv_select_input *in
              input->placement->rank[i] == input->comm->rank &&
              index < input->placement->offset[i + 1];
              index++)
-            position[row++] = ifkv_geometry_shift(input->geometry, input->placement, i, index);
+            position[row++] = ifkv_geometry_shift(input->geometry, input->placement, i, index) +
+                              (input->is_unrotated ? index : 0);
     if (status == IFKV_OK) {
         ifkv_rope_table(input->frequency, (int)d_head, n_row, position, table);
         status = input->backend->ops->upload(input->backend, x->shift.data, table, bytes);
@@ -358,6 +359,8 @@ static ifkv_status begin_question(select_infoflow *self) {
     const int64_t n = input->n_question, copies = self->exchange.n_chunk * n;
     int64_t *stage = malloc(((size_t)(3 * copies) + 2 * (size_t)n) * sizeof *stage);
     IFKV_REQUIRE(stage, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "selector infoflow: out of host memory");
+    /* anew for each scoring: chunks may have changed places, though not their rank */
+    ifkv_placement_slots(input->placement, input->comm->rank, self->exchange.chunk_slot);
     ifkv_status status = question_begin(&self->exchange, stage);
     const int64_t first = ifkv_geometry_question(input->geometry, input->placement);
     for (int64_t i = 0; i < n; i++) stage[i] = first + i;

@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "exchange.h"
+#include "reorder.h"
 #include "reuse.h"
 #include "select.h"
 
@@ -43,7 +44,9 @@ struct ifkv_session {
     ifkv_view encode_lse;           /* [n_encoded, n_head] written, never read */
     int64_t *encode_stage;          /* [3 * n_encoded] host */
 
-    ifkv_reuse reuse; /* where a chunk store is used: encode goes through it */
+    ifkv_reuse reuse; /* where a chunk store is used or chunks change places: encode goes through it
+                       */
+    ifkv_reorder reorder;
 
     /* Select and recompute; an exact method's exchange serves encode instead. */
     ifkv_selector *selector; /* NULL if nothing can be selected */
@@ -91,6 +94,8 @@ ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *r
                                 size_t *arena_bytes_p);
 /* Hand out the arena's memory. */
 void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena);
+/* Fill index and position of the rows this rank keeps, from the placement. */
+void ifkv_session_list_rows(ifkv_session *session);
 /* Fill what derives from `token` once its ids are final: the rows that encode runs, the rows this
  * rank keeps. */
 void ifkv_session_spread_tokens(ifkv_session *session);

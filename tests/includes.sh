@@ -38,7 +38,7 @@ level() {
     exchange.h | exchange_owned.h) echo 4 ;;
     layer.h) echo 5 ;;
     select.h | engine.h) echo 6 ;;
-    reuse.h | session.h | prefill.h | output*.h) echo 7 ;;
+    reorder.h | reuse.h | session.h | prefill.h | output*.h) echo 7 ;;
     cli.h | *) echo 8 ;;
     esac
 }

@@ -17,6 +17,7 @@ import unittest
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import h5py  # noqa: E402
 import numpy as np  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -34,6 +35,7 @@ CASES = {
     "one_token_chunk": (2, (37, 1, 60, 21), 5, 4),
     "no_prefix": (0, (9, 40, 3, 31), 1, 3),
     "single_chunk": (3, (29,), 4, 2),
+    "long_prefix": (14, (9, 11, 8), 2, 2),  # counted as rows of the first chunk it would change orders
 }
 
 
@@ -46,6 +48,7 @@ class Way:
     has_scores: bool = False
     runs: tuple = (("self", 1), ("thread", 3))  # communicators and ranks
     is_local: bool = False  # the reference must know the number of ranks
+    must_move: bool = False  # only draws whose chunks change places are of use
 
     def expected(self, ranks):
         return {**dict(self.arguments), **({"local_ranks": ranks} if self.is_local else {})}
@@ -69,6 +72,18 @@ WAYS = {
         True, (("self", 1), ("thread", 2), ("mpi", 4)), True)
        # per_chunk: the only geometry that moves the prefix
        for geometry, hp, sink in (("global", "shared", ""), ("global", "shared", "sink"), ("hl-hp", "per_chunk", "sink"))},
+    **{"-".join(("reorder", exchange)): Way(
+        ("--ratio", "0.3", "--score-layers", "wide", "--reorder", "--exchange", exchange),
+        (("ratio", "0.3"), ("score_layer_choice", "wide"), ("reorder", True)), True,
+        (("self", 1), ("thread", 2), ("mpi", 4)), must_move=True)
+       for exchange in ("delta", "query")},
+    "reorder-most": Way(
+        ("--ratio", "0.8", "--reorder"), (("ratio", "0.8"), ("reorder", True)), True, (("thread", 3),), must_move=True),
+    "reorder-local": Way(
+        ("--ratio", "0.3", "--score-layers", "wide", "--reorder", "--placement", "zigzag", "--scoring", "local",
+         "--local-sink"),
+        (("ratio", "0.3"), ("score_layer_choice", "wide"), ("reorder", True), ("has_sink", True)), True,
+        (("self", 1), ("thread", 3)), True, True),
 }
 _scratch = None
 
@@ -105,7 +120,8 @@ def expected(name, way, case, ranks):
                "question": ids("question", n_question)}
         request = reference.Request.from_json(raw)
         result = reference.prefill(model, request, max_new=1, **WAYS[way].expected(ranks))
-        if result.gap >= MIN_SCORE_GAP:
+        has_moved = not WAYS[way].must_move or len(n_chunks) == 1 or result.order != sorted(result.order)
+        if result.gap >= MIN_SCORE_GAP and has_moved:
             return raw, result
     raise AssertionError(f"{name} {way} {case}: no draw has room")
 
@@ -152,6 +168,18 @@ class Selectors(unittest.TestCase):
     @everywhere
     def test_selected_rows_equal_the_reference(self, record, result, way):
         self.assertEqual(record.selected.tolist(), result.selected.tolist())
+
+    @everywhere
+    def test_chunks_are_in_the_order_of_the_reference(self, record, result, way):
+        self.assertEqual(record.result["chunk_order"], result.order if "--reorder" in way.flags else None)
+
+    @everywhere
+    def test_saved_ids_follow_the_order(self, record, result, way):
+        self.assertEqual(record.assembled("token_ids").tolist(), result.context)
+        with h5py.File(record.kv_paths[0]) as f:
+            self.assertEqual("chunk_order" in f, "--reorder" in way.flags)
+            if "chunk_order" in f:
+                self.assertEqual(f["chunk_order"][:].tolist(), result.order)
 
     @everywhere
     def test_scores_equal_the_reference(self, record, result, way):

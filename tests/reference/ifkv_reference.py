@@ -303,6 +303,14 @@ def zigzag_shards(request, n_rank):
     return shards
 
 
+def order_by_ratio(request, selected):
+    """Chunk numbers by the share of their rows in `selected`, ascending, equal shares by number; prefix rows count nowhere."""
+    p, o = len(request.prefix), request.offsets
+    share = [Fraction(int(np.sum((selected >= max(o[i], p)) & (selected < o[i + 1]))), len(chunk))
+             for i, chunk in enumerate(request.chunks)]
+    return sorted(range(len(share)), key=lambda i: (share[i], i))
+
+
 def local_scores(model, cache, request, question, layers, places, form, shards, has_sink):
     """Scores [T] where the question of each rank sees that rank's chunks alone, and the prefix too if has_sink."""
     o, scores = request.offsets, np.zeros(request.offsets[-1])
@@ -422,15 +430,35 @@ class Result:
     gap: float  # relative score gap at the selection threshold
     logit_gap: float  # smallest relative gap of best and second logit over the answer
     cache: Cache  # the T context rows
+    order: list  # the request's chunk in each place: ascending unless reordered
+    context: list  # the T token ids in index order
 
 
 def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_layer_choice="published", max_new=32,
             score_rows="question", chosen=(), epic_k=16, geometry="global", hp="shared", local_ranks=0,
-            has_sink=False):
+            has_sink=False, reorder=False):
     """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, cacheblend, and random with the set `chosen`.
 
     local_ranks: score as so many ranks would that see their own chunks alone, placed zigzag; 0: the whole context.
+    reorder: first put the chunks in ascending order of their shares of the best rows under hl-tp; all that is returned
+    is about the new sequence, to which each rank's chunks go along.
     """
+    order, shards = list(range(len(request.chunks))), zigzag_shards(request, local_ranks) if local_ranks else []
+    rows = request.prompt if score_rows == "prompt" else request.question
+    layers = score_layers(model.config.n_layer, score_layer_choice)
+
+    def score_rows_of(cache, places):
+        if local_ranks:
+            return local_scores(model, cache, request, rows, layers, places, score, shards, has_sink)
+        return combine_scores(question_attention(model, cache, rows, layers, places), request.offsets[-1], score)
+
+    first_gap = np.inf
+    if reorder:
+        scores = score_rows_of(encode_chunks(model, request), scoring_places(request, "hl-tp"))
+        best, first_gap = select_best(scores, 0, ratio)
+        order = order_by_ratio(request, best)
+        request = dataclasses.replace(request, chunks=[request.chunks[i] for i in order])
+        shards = [sorted(order.index(i) for i in chunks) for chunks in shards]
     context, first_eligible = request.context, request.offsets[1]
     selected, scores, gap = np.empty(0, np.int64), None, np.inf
     if method == "full":
@@ -440,14 +468,7 @@ def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_l
         if method == "all":
             selected = np.arange(first_eligible, len(context))
         elif method == "infoflow":
-            rows = request.prompt if score_rows == "prompt" else request.question
-            layers = score_layers(model.config.n_layer, score_layer_choice)
-            places = scoring_places(request, geometry, hp)
-            if local_ranks:
-                shards = zigzag_shards(request, local_ranks)
-                scores = local_scores(model, cache, request, rows, layers, places, score, shards, has_sink)
-            else:
-                scores = combine_scores(question_attention(model, cache, rows, layers, places), len(context), score)
+            scores = score_rows_of(cache, scoring_places(request, geometry, hp))
             selected, gap = select_best(scores, first_eligible, ratio)
         elif method == "cacheblend":
             exact, _ = full_prefill(model, context)  # what running layer 0 on all rows gives layer 1
@@ -465,4 +486,5 @@ def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_l
             raise ValueError(f"unknown method {method!r}")
         recompute(model, cache, context, selected)
     first, answer, finish, logit_gap = prompt_and_decode(model, cache, request.prompt, max_new)
-    return Result(first, answer, finish, selected, scores, gap, logit_gap, cache)
+    return Result(first, answer, finish, selected, scores, min(gap, first_gap), logit_gap, cache, order,
+                  context)
