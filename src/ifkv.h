@@ -139,6 +139,16 @@ typedef struct ifkv_model_info {
 /* Describe the model.  Strings are borrowed from the engine.  Local. */
 ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *info);
 
+/* What the machine does in a second, of one rank while all of them are at it. */
+typedef struct ifkv_rates {
+    size_t size;
+    double matmul, attention; /* FLOP/s at the model's shapes */
+    double memory;            /* bytes/s of weights, in products of a single row */
+    double passes;            /* bytes/s of element-wise passes, read and written */
+    double link;              /* bytes/s received by a rank; 0: there is no other */
+    double message_s;         /* seconds of a message of no length */
+} ifkv_rates;
+
 /* ---- chunk store ---- */
 
 /* What a store keeps as one: K before rotation (after the norm of heads, where the model has one)
