@@ -13,11 +13,12 @@
 typedef struct cli_options {
     const char *model, *requests, *out, *run;
     const char *method, *ratio, *exchange, *score, *score_rows, *score_layers, *geometry, *hp,
-        *placement, *ride;
+        *placement, *ride, *scoring;
     const char *backend, *comm, *store, *store_size;
     int64_t chunk, max_new, epic_k, ranks, threads;
     uint64_t seed, random_weights;
     bool has_random_weights, has_chunk;
+    bool local_sink, reorder, reorder_force;
     bool save_kv, save_logits, save_scores, resume, overwrite, json, quiet, verbose, help;
     const char **argument; /* [n_argument] what is not an option */
     int n_argument;

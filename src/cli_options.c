@@ -54,6 +54,17 @@ static const option table[] = {
      "global, hl-tp, hl-hp, tl-tp: rotary positions while scoring"},
     {"hp", KIND_TEXT, CLI_METHOD, AT(hp), 0, 0, "PLACE", "shared",
      "shared or per_chunk: where geometry hl-hp puts the question"},
+    {"scoring", KIND_TEXT, CLI_METHOD, AT(scoring), 0, 0, "NAME", "exact",
+     "exact: the question sees all ranks' context; local: each rank's own, so that the selection "
+     "depends on the number of ranks; for comparison"},
+    {"local-sink", KIND_FLAG, CLI_METHOD, AT(local_sink), 0, 0, NULL, NULL,
+     "under --scoring local, lend the prefix to ranks without the first chunk"},
+    {"reorder", KIND_FLAG, CLI_METHOD, AT(reorder), 0, 0, NULL, NULL,
+     "put the chunks, independent documents, in ascending order of their scores first; indices "
+     "then "
+     "count along the new sequence"},
+    {"reorder-force", KIND_FLAG, CLI_METHOD, AT(reorder_force), 0, 0, NULL, NULL,
+     "the same, also where a context was cut every N tokens"},
     {"placement", KIND_TEXT, CLI_METHOD, AT(placement), 0, 0, "NAME", "auto",
      "auto, zigzag, contiguous, longest: changes time, never results"},
     {"max-new", KIND_COUNT, CLI_METHOD, AT(max_new), 0, INT32_MAX, "N", "32",

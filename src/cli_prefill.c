@@ -35,6 +35,11 @@ ifkv_prefill_options cli_prefill_options(const cli_options *options, const ifkv_
         .score_layers = options->score_layers,
         .geometry = options->geometry,
         .hp = options->hp,
+        .scoring = options->scoring,
+        .local_sink = options->local_sink,
+        .reorder = options->reorder_force ? "force"
+                   : options->reorder     ? "on"
+                                          : NULL,
         .placement = options->placement,
         .chunk = options->chunk,
         .max_new = options->max_new,
@@ -226,11 +231,12 @@ static ifkv_status open_output(prefill_run *run) {
     /* what is not exact sees other keys for other ranks; every other result is the same for any
      * number of them */
     const char *exchange = or_default(o->exchange, "auto");
-    const bool is_rank_bound = !strcmp(exchange, "kv") || !strcmp(exchange, "local");
+    const bool is_local = o->scoring && !strcmp(o->scoring, "local");
+    const bool is_rank_bound = !strcmp(exchange, "kv") || !strcmp(exchange, "local") || is_local;
     snprintf(run->what, sizeof run->what,
              "method=%s;ratio=%s;exchange=%s;chunk=%lld;score=%s;score_rows=%s;score_layers=%s;"
              "geometry=%s;hp=%s;max_new=%lld;seed=%llu;epic_k=%lld;"
-             "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d%s",
+             "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d%s%s%s",
              or_default(o->method, "infoflow"), or_default(o->ratio, "0.15"), exchange,
              (long long)o->chunk, or_default(o->score, "l2"), or_default(o->score_rows, "question"),
              or_default(o->score_layers, "published"), or_default(o->geometry, "global"),
@@ -239,7 +245,11 @@ static ifkv_status open_output(prefill_run *run) {
              (unsigned long long)o->random_weights, or_default(o->backend, "auto"),
              is_rank_bound || o->save_kv ? ifkv_comm_size(run->comm) : 0, o->save_kv,
              o->save_logits, o->save_scores,
-             o->store ? ";store=1" : ""); /* what is in it changes nothing, that it is used does */
+             o->store ? ";store=1" : "", /* what is in it changes nothing, that it is used does */
+             !is_local       ? ""
+             : o->local_sink ? ";scoring=local;local_sink=1"
+                             : ";scoring=local",
+             o->reorder_force || o->reorder ? ";reorder=1" : "");
     run->output_options = (ifkv_output_options){
         .dir = o->out,
         .mode = o->resume      ? IFKV_OUTPUT_RESUME

@@ -139,6 +139,16 @@ typedef struct ifkv_model_info {
 /* Describe the model.  Strings are borrowed from the engine.  Local. */
 ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *info);
 
+/* What the machine does in a second, of one rank while all of them are at it. */
+typedef struct ifkv_rates {
+    size_t size;
+    double matmul, attention; /* FLOP/s at the model's shapes */
+    double memory;            /* bytes/s of weights, in products of a single row */
+    double passes;            /* bytes/s of element-wise passes, read and written */
+    double link;              /* bytes/s received by a rank; 0: there is no other */
+    double message_s;         /* seconds of a message of no length */
+} ifkv_rates;
+
 /* ---- chunk store ---- */
 
 /* What a store keeps as one: K before rotation (after the norm of heads, where the model has one)
@@ -245,10 +255,17 @@ typedef struct ifkv_prefill_options {
     int64_t epic_k;          /* of method "epic": rows at the head of each chunk; 0: 16 */
     ifkv_stop_fn stop;       /* on every rank or on none; a session that stops returns BUSY */
     void *stop_arg;
-    const char *ride; /* NULL: "both"; "score": the scoring rows run through encode where nothing
-                         comes from a store and the geometry is "global"; "prompt": the prompt runs
-                         through recompute where any row is selected; "none".  Saves a reading of
-                         the weights; results agree up to rounding, on the CPU to the bit */
+    const char *ride;    /* NULL: "both"; "score": the scoring rows run through encode where nothing
+                            comes from a store and the geometry is "global"; "prompt": the prompt runs
+                            through recompute where any row is selected; "none".  Saves a reading of
+                            the weights; results agree up to rounding, on the CPU to the bit */
+    const char *scoring; /* NULL: "exact"; "local": each rank's question sees that rank's chunks
+                            alone, so that the selection depends on placement and rank count */
+    bool local_sink;     /* of scoring "local": lend the prefix rows to ranks without chunk 0 */
+    const char *reorder; /* NULL: "off"; "on": chunks, which must be independent documents, change
+                            places by their scores first, and all that the session tells is
+                            about the sequence in the new order; method "infoflow" with geometry
+                            "global" only; "force": also chunks that `chunk` cut */
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */
@@ -302,6 +319,9 @@ typedef struct ifkv_result {
     int64_t store_tokens_hit;         /* context rows that were loaded, of n_context */
     bool rode[IFKV_N_STAGE]; /* stages that rode: score in encode, prompt in recompute, which count
                                 their ms and bytes; their own are 0 */
+    const char *scoring;     /* "exact" or "local"; "" if no attention was scored */
+    const int64_t *chunk_order; /* [n_chunk] the request's chunk that stands in each place; NULL
+                                   without reorder */
 } ifkv_result;
 
 /* The result so far, the same on every rank except first_logits; arrays borrowed from the session.
@@ -318,6 +338,7 @@ typedef struct ifkv_kv_rows {
     const int32_t *token;         /* [n_row] */
     const uint8_t *recomputed;    /* [n_row] 1 if recompute rewrote the row in every layer but 0 */
     const int64_t *chunk_offsets; /* [n_chunk + 1] of the whole context, in index */
+    const int64_t *chunk_order;   /* [n_chunk] see ifkv_result */
 } ifkv_kv_rows;
 
 ifkv_status ifkv_session_kv_rows(const ifkv_session *session, ifkv_kv_rows *rows);

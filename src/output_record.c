@@ -29,6 +29,15 @@ static json_t *ids_to_json(const int32_t *id, int64_t n) {
     return list;
 }
 
+/* The chunk in each place, where they changed places: `selected` counts along the new sequence. */
+static json_t *order_to_json(const ifkv_result *result) {
+    if (!result->chunk_order) return json_null();
+    json_t *list = json_array();
+    for (int64_t i = 0; i < result->n_chunk; i++)
+        json_array_append_new(list, json_integer(result->chunk_order[i]));
+    return list;
+}
+
 static json_t *ms_to_json(const ifkv_result *result) {
     json_t *ms = json_object();
     for (int i = 0; i < IFKV_N_STAGE; i++) {
@@ -76,7 +85,7 @@ ifkv_status ifkv_output_result_line(const ifkv_request_item *item, const ifkv_re
     digest_to_hex(result->selected_digest, hex);
     json_t *root = json_pack(
         "{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:o, "
-        "s:o, s:{s:I, s:I, s:I}, s:o}",
+        "s:o, s:{s:I, s:I, s:I}, s:o, s:o}",
         "id", item->id, "answers", json_or_null(item->answers_json), "meta",
         json_or_null(item->meta_json), "answer_ids", ids_to_json(result->answer, result->n_answer),
         "finish", text_or_null(result->finish), "method", text_or_null(result->method), "exchange",
@@ -87,7 +96,7 @@ ifkv_status ifkv_output_result_line(const ifkv_request_item *item, const ifkv_re
         "selected_digest", hex, "ms", ms_to_json(result), "rode", rode_to_json(result), "bytes",
         bytes_to_json(result), "memory", "weights", (json_int_t)result->memory_weights, "planned",
         (json_int_t)result->memory_planned, "peak", (json_int_t)result->memory_peak, "store",
-        store_to_json(result));
+        store_to_json(result), "chunk_order", order_to_json(result));
     char *text = root ? json_dumps(root, JSON_COMPACT | JSON_REAL_PRECISION(MS_DIGITS)) : NULL;
     json_decref(root);
     char *line = text ? realloc(text, strlen(text) + 2) : NULL;
@@ -147,6 +156,7 @@ static ifkv_status write_texts(ifkv_h5 *file, const ifkv_result *r) {
         {"geometry", r->geometry},
         {"hp", r->hp},
         {"rode", rode},
+        {"scoring", r->scoring},
     };
     for (size_t i = 0; i < sizeof field / sizeof *field; i++)
         if (field[i].text) IFKV_TRY(ifkv_h5_text_write(file, field[i].name, field[i].text));
@@ -192,6 +202,9 @@ static ifkv_status write_arrays(ifkv_h5 *file, const ifkv_output_options *option
                                 const ifkv_result *r) {
     IFKV_TRY(ifkv_h5_dataset_write(file, "/selected", IFKV_H5_I64, 1, &r->n_selected, r->selected));
     IFKV_TRY(ifkv_h5_dataset_write(file, "/answer_ids", IFKV_H5_I32, 1, &r->n_answer, r->answer));
+    if (r->chunk_order)
+        IFKV_TRY(ifkv_h5_dataset_write(file, "/chunk_order", IFKV_H5_I64, 1, &r->n_chunk,
+                                       r->chunk_order));
     if (options->save_scores && r->scores)
         IFKV_TRY(ifkv_h5_dataset_write(file, "/scores", IFKV_H5_F32, 1, &r->n_context, r->scores));
     if (options->save_logits && r->first_logits)

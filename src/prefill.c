@@ -94,7 +94,11 @@ static ifkv_status begin_slices(ifkv_session *session) {
 }
 
 ifkv_status ifkv_prefill_encode(ifkv_session *session) {
-    if (session->reuse.is_on) return ifkv_reuse_encode(session);
+    if (session->reuse.is_on) {
+        IFKV_TRY(ifkv_reuse_encode(session));
+        if (!session->reorder.is_on) IFKV_TRY(ifkv_reuse_place(session));
+        return session->engine->backend->ops->sync(session->engine->backend);
+    }
     ifkv_backend *backend = session->engine->backend;
     ifkv_selector *rider = session->rides[IFKV_STAGE_SCORE] ? session->selector : NULL;
     const int n_layer = session->engine->model.config.n_layer;
@@ -119,6 +123,7 @@ ifkv_status ifkv_prefill_encode(ifkv_session *session) {
 }
 
 ifkv_status ifkv_prefill_score(ifkv_session *session) {
+    if (session->reorder.is_on) IFKV_TRY(ifkv_reorder_run(session));
     if (!session->scores) return IFKV_OK;
     ifkv_selector *selector = session->selector;
     IFKV_TRY(selector->ops->score(selector, session->scores));

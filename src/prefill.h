@@ -15,7 +15,8 @@
 /* Layer by layer, K and V of every context row into the shard: as its chunk alone sees it
  * (algorithm 1.3), or under an exact method as the whole context does. */
 ifkv_status ifkv_prefill_encode(ifkv_session *session);
-/* Scores of all context rows on every rank, where the method scores (1.4). */
+/* Scores of all context rows on every rank, where the method scores (1.4); with reorder, the
+ * chunks' new places before (1.6). */
 ifkv_status ifkv_prefill_score(ifkv_session *session);
 /* The set S, the same on every rank or an error on every rank (1.5). */
 ifkv_status ifkv_prefill_select(ifkv_session *session);

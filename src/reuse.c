@@ -27,7 +27,8 @@ static void list_units(ifkv_session *session) {
         if (placement->rank[i] != session->engine->comm->rank) continue;
         const int64_t index = i ? placement->offset[i] : n_prefix;
         if (i == 0 && n_prefix > 0) add_unit(&session->reuse, 0, 0, n_prefix);
-        add_unit(&session->reuse, index, n_prefix, placement->offset[i + 1] - index);
+        if (placement->offset[i + 1] > index) /* not so in a prefix chunk */
+            add_unit(&session->reuse, index, n_prefix, placement->offset[i + 1] - index);
     }
 }
 
@@ -275,8 +276,16 @@ static ifkv_status encode_misses(ifkv_session *session) {
     return IFKV_OK;
 }
 
-/* Every row of the shard to its place in the sequence, then what other ranks will see of it. */
-static ifkv_status rotate_shard(ifkv_session *session) {
+ifkv_status ifkv_reuse_encode(ifkv_session *session) {
+    const bool has_store = session->reuse.has_store;
+    if (has_store) describe(session);
+    if (has_store) IFKV_TRY(load_units(session));
+    IFKV_TRY(encode_misses(session));
+    if (has_store) IFKV_TRY(save_misses(session)); /* before anything rewrites a row */
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_reuse_place(ifkv_session *session) {
     ifkv_backend *backend = session->engine->backend;
     const ifkv_config *config = &session->engine->model.config;
     const ifkv_view *angles = &session->reuse.shard_angles;
@@ -294,13 +303,4 @@ static ifkv_status rotate_shard(ifkv_session *session) {
         IFKV_TRY(session->exchange->ops->share(session->exchange, layer));
     }
     return IFKV_OK;
-}
-
-ifkv_status ifkv_reuse_encode(ifkv_session *session) {
-    describe(session);
-    IFKV_TRY(load_units(session));
-    IFKV_TRY(encode_misses(session));
-    IFKV_TRY(save_misses(session)); /* before anything rewrites a row */
-    IFKV_TRY(rotate_shard(session));
-    return session->engine->backend->ops->sync(session->engine->backend);
 }

@@ -31,6 +31,10 @@ typedef struct ifkv_select_input {
     int64_t epic_k;         /* of `epic`: rows at the head of each chunk */
     int check_layer;        /* of `cacheblend`: 1, or 0 where nothing can deviate */
     ifkv_geometry geometry; /* positions while scoring */
+    bool is_unrotated;      /* K of the cache are still before RoPE */
+    bool excludes_none;     /* chunk 0 is eligible like any other */
+    bool is_local;          /* question rows see this rank's shard and themselves only */
+    bool has_sink;          /* and where is_local, on a rank without chunk 0, the prefix */
     ifkv_score_form form;
     int n_score_layer;
     int score_layer[IFKV_MAX_SCORE_LAYER]; /* ascending */
@@ -78,8 +82,10 @@ ifkv_status ifkv_selector_create(const ifkv_select_ops *ops, const ifkv_select_i
                                  ifkv_selector **selector_p);
 void ifkv_selector_destroy(ifkv_selector *selector);
 
-/* First eligible index: the end of chunk 0. */
+/* First eligible index: the end of chunk 0, or of document 0 behind a prefix chunk. */
 int64_t ifkv_select_first(const ifkv_placement *placement);
+/* The same of an input, which may exclude nothing. */
+int64_t ifkv_select_first_eligible(const ifkv_select_input *input);
 
 /* Read an exact decimal in [0, 1] as num / den; den is a power of ten up to 10^15.  Errors: USAGE.
  */

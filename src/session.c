@@ -130,8 +130,20 @@ static ifkv_status place(ifkv_session *session) {
     }
     ifkv_placement_kind kind = IFKV_PLACE_AUTO;
     IFKV_TRY(find_placement(session->options.placement, &kind));
-    return ifkv_placement_init(&session->placement, kind, size, request->n_prefix, session->n_given,
-                               session->given_offsets, cost);
+    IFKV_TRY(ifkv_placement_init(&session->placement, kind, size, request->n_prefix,
+                                 session->n_given, session->given_offsets, cost));
+    return session->reorder.is_on ? ifkv_placement_split_prefix(&session->placement) : IFKV_OK;
+}
+
+void ifkv_session_list_rows(ifkv_session *session) {
+    const ifkv_placement *placement = &session->placement;
+    const int rank = session->engine->comm->rank;
+    int64_t n = 0;
+    for (int64_t i = 0; i < placement->n_chunk; i++)
+        for (int64_t index = placement->offset[i];
+             placement->rank[i] == rank && index < placement->offset[i + 1]; index++, n++) {
+            session->cache_index[n] = session->position[n] = index;
+        }
 }
 
 /* Sequence, question and the description of this rank's rows. */
@@ -162,12 +174,7 @@ static ifkv_status list_tokens(ifkv_session *session) {
            (size_t)(session->n_context - request->n_prefix) * sizeof *session->token);
     memcpy(session->token + session->n_context, request->prompt,
            (size_t)session->n_prompt * sizeof *session->token);
-    int64_t n = 0;
-    for (int64_t i = 0; i < placement->n_chunk; i++)
-        for (int64_t index = placement->offset[i];
-             placement->rank[i] == rank && index < placement->offset[i + 1]; index++, n++) {
-            session->cache_index[n] = session->position[n] = index;
-        }
+    ifkv_session_list_rows(session);
     return IFKV_OK;
 }
 
@@ -259,6 +266,18 @@ static void print_score_layers(ifkv_session *session, const ifkv_select_input *i
                                  "%s%d", i ? "," : "", input->score_layer[i]);
 }
 
+static ifkv_status parse_scoring(const ifkv_prefill_options *options, bool *is_local_p) {
+    const char *scoring = options->scoring ? options->scoring : "exact";
+    char shown[IFKV_QUOTE_BYTES];
+    *is_local_p = !strcmp(scoring, "local");
+    IFKV_REQUIRE(*is_local_p || !strcmp(scoring, "exact"), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "scoring: got \"%s\", expected exact or local",
+                 ifkv_quote(scoring, strlen(scoring), shown));
+    IFKV_REQUIRE(*is_local_p || !options->local_sink, IFKV_ERR_USAGE, IFKV_E_CONFLICT,
+                 "local-sink: goes with scoring local, got exact");
+    return IFKV_OK;
+}
+
 static ifkv_status plan_selection(ifkv_session *session) {
     const ifkv_prefill_options *options = &session->options;
     const ifkv_engine *engine = session->engine;
@@ -280,6 +299,8 @@ static ifkv_status plan_selection(ifkv_session *session) {
         .progress = options->progress,
         .progress_arg = options->progress_arg,
     };
+    IFKV_TRY(parse_scoring(options, &input.is_local));
+    input.has_sink = options->local_sink;
     int64_t num = 0, den = 1;
     IFKV_TRY(ifkv_ratio_parse(options->ratio ? options->ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options->score ? options->score : "l2", &input.form));
@@ -287,9 +308,13 @@ static ifkv_status plan_selection(ifkv_session *session) {
     IFKV_TRY(ifkv_score_layers_parse(options->score_layers ? options->score_layers : "published",
                                      engine->model.config.n_layer, &input));
     /* an exact method selects nothing, so nothing may be given either */
-    const int64_t n_eligible =
-        is_exact ? 0 : session->n_context - ifkv_select_first(&session->placement);
+    int64_t n_eligible = is_exact ? 0 : session->n_context - ifkv_select_first(&session->placement);
     input.budget = options->selected ? options->n_selected : ops->budget(&input, num, den);
+    if (session->reorder.is_on) {
+        n_eligible = ifkv_reorder_eligible(&session->placement);
+        input.budget = ifkv_select_by_ratio(num, den, session->n_context, n_eligible);
+        IFKV_TRY(ifkv_reorder_plan(session, &input, num, den));
+    }
     IFKV_REQUIRE(input.budget >= 0 && input.budget <= n_eligible, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "n_selected: got %lld, expected 0 to %lld", (long long)input.budget,
                  (long long)n_eligible);
@@ -304,10 +329,11 @@ static ifkv_status plan_selection(ifkv_session *session) {
         if (ops->is_question_scored) {
             print_score_layers(session, &input);
             session->geometry = input.geometry;
+            session->scoring = input.is_local ? "local" : "exact";
         }
         /* with a store K lies in the shards unrotated until all layers are there */
         session->rides[IFKV_STAGE_SCORE] = may_ride(session, "score") && ops->ride_begin &&
-                                           !session->reuse.is_on &&
+                                           !session->reuse.is_on && !input.is_local &&
                                            input.geometry == IFKV_GEOMETRY_GLOBAL;
         input.is_riding = session->rides[IFKV_STAGE_SCORE];
         session->scores = malloc((size_t)session->n_context * sizeof *session->scores);
@@ -398,6 +424,7 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     ifkv_geometry geometry;
     ifkv_placement_kind kind;
     ifkv_select_input *layers;
+    bool is_local, is_reordered;
     IFKV_REQUIRE(!method || !strcmp(method, "full") || is_exact_method(method) ||
                      ifkv_select_find(method),
                  IFKV_ERR_USAGE, IFKV_E_VALUE, "method: got \"%s\", expected " IFKV_METHOD_NAMES,
@@ -418,6 +445,8 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     IFKV_TRY(ifkv_ratio_parse(options.ratio ? options.ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options.score ? options.score : "l2", &form));
     IFKV_TRY(ifkv_geometry_parse(options.geometry, options.hp, &geometry));
+    IFKV_TRY(parse_scoring(&options, &is_local));
+    IFKV_TRY(ifkv_reorder_check(&options, &is_reordered));
     IFKV_TRY(find_placement(options.placement, &kind));
     IFKV_REQUIRE(options.chunk >= 0 && options.chunk <= max_tokens, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "chunk: got %lld, expected a number of tokens", (long long)options.chunk);
@@ -460,13 +489,16 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     const char *rows = session->options.score_rows;
     if (rows && !strcmp(rows, "question")) session->options.score_rows = NULL;
     session->max_new = session->options.max_new;
+    IFKV_TRY(ifkv_reorder_check(&session->options, &session->reorder.is_on));
     /* an exact prefill makes other rows than a chunk's own */
-    session->reuse.is_on =
+    session->reuse.has_store =
         session->options.store && !session->is_exact && strcmp(session->method, "full");
-    if (session->reuse.is_on)
+    session->reuse.is_on = session->reuse.has_store || session->reorder.is_on;
+    if (session->reuse.has_store)
         IFKV_TRY(ifkv_struct_read(&session->reuse.store, sizeof session->reuse.store,
                                   session->options.store, "store"));
-    IFKV_REQUIRE(!session->reuse.is_on || (session->reuse.store.load && session->reuse.store.save),
+    IFKV_REQUIRE(!session->reuse.has_store ||
+                     (session->reuse.store.load && session->reuse.store.save),
                  IFKV_ERR_USAGE, IFKV_E_STRUCT, "store: got NULL for load or save");
     IFKV_TRY(check_request(&session->engine->model.config, &session->request, session->max_new));
     const ifkv_request *r = &session->request;
@@ -492,10 +524,13 @@ static ifkv_status digest_plan(ifkv_session *session) {
     add_text(digest, session->exchange_name);
     add_text(digest, session->scores ? session->score_layers : "");
     add_text(digest, session->scores && options->score ? options->score : "l2");
+    add_text(digest, session->scoring);
     const int64_t number[] = {
-        session->n_context, session->n_prompt,       session->n_question,       session->n_selected,
-        session->max_new,   session->scores != NULL, options->selected != NULL, placement->n_prefix,
-        placement->n_chunk, session->reuse.is_on,    session->geometry};
+        session->n_context,        session->n_prompt,   session->n_question,
+        session->n_selected,       session->max_new,    session->scores != NULL,
+        options->selected != NULL, placement->n_prefix, placement->n_chunk,
+        session->reuse.has_store,  session->geometry,   options->local_sink,
+        session->reorder.is_on};
     for (size_t i = 0; i < sizeof number / sizeof *number; i++)
         ifkv_digest_add_u64(digest, (uint64_t)number[i]);
     for (int i = 0; i < IFKV_N_STAGE; i++) ifkv_digest_add_u64(digest, session->rides[i]);
@@ -516,6 +551,7 @@ ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *r
     ifkv_status status;
     ifkv_arena arena = {0};
     session->engine = (ifkv_engine *)engine;
+    session->scoring = "";
     IFKV_TRY_GOTO(status, read_arguments(session, request, options), err_destroy);
     IFKV_TRY_GOTO(status, cut_chunks(session), err_destroy);
     IFKV_TRY_GOTO(status, place(session), err_destroy);
@@ -571,6 +607,10 @@ void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena) {
         layout_chunk_exchange(session, arena);
     if (session->reuse.is_on) ifkv_reuse_layout(session, arena);
     if (!session->rides[IFKV_STAGE_SCORE]) ifkv_arena_reset(arena, mark);
+    if (session->reorder.is_on) {
+        ifkv_reorder_layout(session, arena);
+        ifkv_arena_reset(arena, mark);
+    }
     if (session->selector) session->selector->ops->layout(session->selector, arena);
     ifkv_arena_reset(arena, mark);
     if (!session->is_exact) {
@@ -592,6 +632,7 @@ void ifkv_session_destroy(ifkv_session *session) {
     ifkv_pass_fini(&session->prompt);
     ifkv_placement_fini(&session->placement);
     ifkv_reuse_fini(&session->reuse);
+    ifkv_reorder_fini(&session->reorder);
     void *const owned[] = {
         session->given_offsets, session->chunk_index,     session->token,
         session->question,      session->cache_index,     session->encode_begin,

@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "exchange.h"
+#include "reorder.h"
 #include "reuse.h"
 #include "select.h"
 
@@ -48,7 +49,9 @@ struct ifkv_session {
     ifkv_view encode_lse;           /* [n_encoded, n_head] written, never read */
     int64_t *encode_stage;          /* [3 * n_encoded] host */
 
-    ifkv_reuse reuse; /* where a chunk store is used: encode goes through it */
+    ifkv_reuse reuse; /* where a chunk store is used or chunks change places: encode goes through it
+                       */
+    ifkv_reorder reorder;
 
     /* Select and recompute; an exact method's exchange serves encode instead. */
     ifkv_selector *selector; /* NULL if nothing can be selected */
@@ -59,6 +62,7 @@ struct ifkv_session {
     uint64_t plan_digest; /* of all that the ranks must have in common before the first message */
     char score_layers[2048]; /* "" unless the question's attention is scored */
     ifkv_geometry geometry;  /* while scoring */
+    const char *scoring;     /* "exact", "local"; "" unless the question's attention is scored */
     ifkv_exchange *exchange;
     ifkv_pass recompute; /* a prompt that rides is in it, behind S */
 
@@ -95,6 +99,8 @@ ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *r
                                 size_t *arena_bytes_p);
 /* Hand out the arena's memory. */
 void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena);
+/* Fill index and position of the rows this rank keeps, from the placement. */
+void ifkv_session_list_rows(ifkv_session *session);
 /* Fill what derives from `token` once its ids are final: the rows that encode runs, the rows this
  * rank keeps. */
 void ifkv_session_spread_tokens(ifkv_session *session);

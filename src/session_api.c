@@ -52,7 +52,7 @@ static ifkv_status place(ifkv_engine *engine, const ifkv_request *request,
     ifkv_session *session = NULL;
     ifkv_status status = ifkv_session_create(engine, request, options, &session, &bytes);
     if (status == IFKV_OK) status = ifkv_engine_reserve(engine, bytes);
-    if (status == IFKV_OK && session->reuse.is_on) status = ifkv_engine_identify(engine);
+    if (status == IFKV_OK && session->reuse.has_store) status = ifkv_engine_identify(engine);
     status = ifkv_comm_agree(engine->comm, status, NULL);
     if (status == IFKV_OK)
         status = ifkv_comm_same(engine->comm, session->plan_digest, "chunks and options");
@@ -195,9 +195,11 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .answer = session->answer,
         .n_answer = session->n_answer,
         .score_layers = session->score_layers,
-        .has_store = session->reuse.is_on,
+        .has_store = session->reuse.has_store,
         .geometry = *session->score_layers ? ifkv_geometry_name(session->geometry) : "",
         .hp = *session->score_layers ? ifkv_geometry_hp_name(session->geometry) : "",
+        .scoring = session->scoring,
+        .chunk_order = session->reorder.order,
     };
     memcpy(result.rode, session->rides, sizeof result.rode);
     IFKV_TRY(reduce_result(session, &result));
@@ -218,6 +220,7 @@ ifkv_status ifkv_session_kv_rows(const ifkv_session *session, ifkv_kv_rows *call
         .token = session->kept_token,
         .recomputed = session->recomputed,
         .chunk_offsets = session->chunk_index,
+        .chunk_order = session->reorder.order,
     };
     return ifkv_struct_write(caller_rows, &rows, sizeof rows, "kv_rows");
 }

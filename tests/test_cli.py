@@ -115,20 +115,30 @@ class Arguments(Tool):
 
     def test_names_must_be_known(self):
         for flag in ["--method", "--exchange", "--score", "--score-rows", "--score-layers", "--geometry", "--hp", "--backend",
-                     "--comm", "--placement", "--ride"]:
+                     "--comm", "--placement", "--ride", "--scoring"]:
             with self.subTest(flag=flag):
                 self.assert_answer(self.prefill([request()], flag, "frobnicate"), 2, "frobnicate")
-
-    def test_features_that_do_not_exist_yet_are_unknown_options(self):
-        for flag in ["--reorder", "--scoring"]:
-            with self.subTest(flag=flag):
-                self.assert_answer(self.prefill([request()], flag, "x"), 2, flag)
 
     def test_cuda_is_refused_by_name_where_it_is_not_built(self):
         self.assert_answer(self.prefill([request()], "--backend", "cuda"), 78, "cuda")
 
     def test_conflicting_options_are_both_named(self):
         self.assert_answer(self.prefill([request()], "--resume", "--overwrite"), 2, "--resume", "--overwrite")
+
+    def test_reorder_is_refused_for_a_context_that_was_cut_unless_forced(self):
+        items = [request(id="cut", chunks=None, context=list(range(3, 40)))]
+        self.assert_answer(self.prefill(items, "--reorder"), 2, "reorder", "2048")
+        self.assert_answer(self.prefill([request()], "--reorder", "--chunk", "9"), 2, "reorder", "9")
+        self.assert_answer(self.prefill(items, "--reorder-force", "--chunk", "9"), 0)
+        self.assertEqual(sorted(self.results()[0]["chunk_order"]), [0, 1, 2, 3, 4])
+
+    def test_reorder_goes_with_methods_that_score_by_the_question(self):
+        for method in ["random", "cacheblend", "full", "ring"]:
+            with self.subTest(method=method):
+                self.assert_answer(self.prefill([request()], "--reorder", "--method", method), 2, "reorder", method)
+
+    def test_a_lent_prefix_goes_with_local_scoring(self):
+        self.assert_answer(self.prefill([request()], "--local-sink"), 2, "local-sink")
 
     def test_required_option_is_named(self):
         self.assert_answer(self.run_tool("prefill", "--model", self.model), 2, "--requests")

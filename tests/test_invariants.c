@@ -5,8 +5,8 @@
  * token, a question that is not the prompt.  Ranks are threads: 1, 2, 3, 5 and 8 of them.
  * Not here: I13 of one operation, I18's question mass (test_backend); I25 of one exchange
  * (test_exchange); I6's store and I26 (test_reuse); I17 (test_ride); I19 and cacheblend
- * (test_selectors); I20, I21's keep selectors, I27: the forms that they compare do not exist yet.
- */
+ * (test_selectors); I20 (test_reorder); I21's keep selectors, I27: the forms that they compare do
+ * not exist yet. */
 #include "tiny.h"
 
 #include "agree.h"
@@ -1019,6 +1019,15 @@ static void i23_error_on_one_rank_stops_all(void **state) {
     for (size_t i = 0; i < sizeof odds / sizeof *odds; i++)
         for (int rank = 0; rank < 3; rank += 2)
             assert_all_stop(&cases[0], &odds[i], (ifkv_prefill_options){.ratio = "0.2"}, 3, rank);
+    static const odd_rank first_look = {"NaN in the first look",
+                                        {.reorder = "on"},
+                                        IFKV_ERR_NUMERIC,
+                                        IFKV_E_NOT_FINITE,
+                                        0,
+                                        0,
+                                        0,
+                                        spoil_weights};
+    assert_all_stop(&cases[0], &first_look, (ifkv_prefill_options){.reorder = "on"}, 3, 1);
 }
 
 static void i23_options_that_differ_stop_all(void **state) {
@@ -1047,6 +1056,8 @@ static void i23_options_that_differ_stop_all(void **state) {
         ODD("score_rows", .score_rows = "prompt"),
         ODD("score_layers", .score_layers = "0"),
         ODD("geometry", .geometry = "hl-tp"),
+        ODD("scoring", .scoring = "local"),
+        ODD("reorder", .reorder = "on"),
         ODD("placement", .placement = "contiguous"),
         ODD("chunk", .chunk = 19),
         ODD("selected", .selected = some, .n_selected = 3),
@@ -1087,6 +1098,15 @@ static void i23_options_that_differ_stop_all(void **state) {
         "seed", {.method = "random", .seed = 2}, IFKV_ERR_INTERNAL, IFKV_E_DIVERGED, 0, 0, 0, NULL};
     assert_all_stop(&cases[0], &random, (ifkv_prefill_options){.method = "random", .seed = 1}, 3,
                     1);
+    static const odd_rank lent = {"sink",
+                                  {.scoring = "local", .local_sink = true},
+                                  IFKV_ERR_INTERNAL,
+                                  IFKV_E_DIVERGED,
+                                  0,
+                                  0,
+                                  0,
+                                  NULL};
+    assert_all_stop(&cases[0], &lent, (ifkv_prefill_options){.scoring = "local"}, 3, 1);
     static const odd_rank given = {"selected rows",
                                    {.selected = other, .n_selected = 3},
                                    IFKV_ERR_INTERNAL,

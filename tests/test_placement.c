@@ -275,6 +275,38 @@ static void even_blocks_are_even_and_cover(void **state) {
         }
 }
 
+/* No rank's number of rows changes, whatever the order. */
+static void reordered_documents_stay_on_their_ranks(void **state) {
+    (void)state;
+    static const int64_t length[] = {7, 2, 9, 4}, order[] = {2, 0, 3, 1};
+    const int64_t offsets[] = {0, 7, 9, 18, 22};
+    for (int64_t n_prefix = 0; n_prefix <= 3; n_prefix += 3)
+        for (int size = 1; size <= 5; size++) {
+            ifkv_placement was, now;
+            assert_ok(ifkv_placement_init(&was, IFKV_PLACE_ZIGZAG, size, n_prefix, 4, offsets,
+                                          (ifkv_encode_cost){0, 0}));
+            assert_ok(ifkv_placement_init(&now, IFKV_PLACE_ZIGZAG, size, n_prefix, 4, offsets,
+                                          (ifkv_encode_cost){0, 0}));
+            assert_ok(ifkv_placement_split_prefix(&now));
+            const int64_t first = ifkv_placement_first_document(&now);
+            assert_int_equal(first, n_prefix > 0);
+            assert_ok(ifkv_placement_reorder(&now, order));
+            int64_t at = n_prefix;
+            for (int i = 0; i < 4; at += length[order[i++]]) {
+                assert_int_equal(now.offset[first + i], at);
+                assert_int_equal(now.rank[first + i], was.rank[order[i]]);
+            }
+            assert_int_equal(now.offset[now.n_chunk], now.n_context);
+            assert_int_equal(now.n_context, was.n_context);
+            if (n_prefix) assert_int_equal(now.rank[0], was.rank[0]);
+            for (int r = 0; r < size; r++)
+                assert_int_equal(ifkv_placement_kept_rows(&now, r),
+                                 ifkv_placement_kept_rows(&was, r));
+            ifkv_placement_fini(&was);
+            ifkv_placement_fini(&now);
+        }
+}
+
 static void auto_leaves_zigzag_for_a_gain_above_5_percent_only(void **state) {
     (void)state;
     /* equal chunks: nothing to gain */
@@ -298,6 +330,7 @@ int main(void) {
         cmocka_unit_test(zigzag_pairs_slice_r_with_2p_minus_1_minus_r),
         cmocka_unit_test(slots_are_the_shard_rows_of_a_rank_s_chunks),
         cmocka_unit_test(zigzag_goes_by_the_middle_of_a_chunk),
+        cmocka_unit_test(reordered_documents_stay_on_their_ranks),
         cmocka_unit_test(auto_leaves_zigzag_for_a_gain_above_5_percent_only),
         cmocka_unit_test(contiguous_keeps_order),
         cmocka_unit_test(longest_goes_to_the_least_loaded_rank),

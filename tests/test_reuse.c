@@ -293,6 +293,28 @@ static void counts_are_summed_over_ranks(void **state) {
     }
 }
 
+/* The first look and the move come between the entries and their rotation. */
+static void i20_reorder_with_a_store_is_the_same_bits(void **state) {
+    (void)state;
+    for (int s = 0; s < N_SIZE; s++) {
+        empty();
+        tiny_run run[3];
+        for (int i = 0; i < 3; i++) { /* without, cold, warm */
+            run[i] = (tiny_run){
+                .model = model,
+                .weight_seed = 7,
+                .request = &request.request,
+                .options = {
+                    .reorder = "on", .ratio = "0.3", .max_new = 4, .store = i ? &store : NULL}};
+            assert_ok(tiny_run_on(sizes[s], &run[i]));
+            if (i) assert_same(&run[i], &run[0], true);
+        }
+        assert_int_equal(memory.n_save, N_CHUNK + 1);
+        assert_int_equal(memory.n_load, N_CHUNK + 1);
+        for (int i = 0; i < 3; i++) tiny_run_fini(&run[i]);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(i26_cold_warm_and_mixed_are_the_same_bits),
@@ -303,6 +325,7 @@ int main(void) {
         cmocka_unit_test(i26_other_weights_and_prefixes_are_never_served),
         cmocka_unit_test(rows_of_an_exact_prefill_are_never_kept),
         cmocka_unit_test(counts_are_summed_over_ranks),
+        cmocka_unit_test(i20_reorder_with_a_store_is_the_same_bits),
     };
     seed = tiny_seed();
     return cmocka_run_group_tests(tests, set_up, tear_down);

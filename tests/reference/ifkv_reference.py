@@ -247,11 +247,11 @@ def scoring_places(request, geometry="global", hp="shared"):
     return row, question
 
 
-def question_attention(model, cache, question, layers, places=None):
+def question_attention(model, cache, question, layers, places=None, hidden=()):
     """Attention of the scoring rows, one [Hq, Nq, T + Nq] array per layer of `layers`.
 
-    Scoring row q has index T + q; it sees every context row and the scoring rows q' <= q.  The cache is not changed.
-    places: of scoring_places; by default rows are rotated at their index.
+    Scoring row q has index T + q; it sees every context row but those of the indices `hidden`, and the scoring rows
+    q' <= q.  The cache is not changed.  places: of scoring_places; by default rows are rotated at their index.
     """
     n_context, n_question = len(cache.k[0]), len(question)
     row, first = places or (np.arange(n_context), np.full(n_context, n_context))
@@ -269,6 +269,7 @@ def question_attention(model, cache, question, layers, places=None):
         for place in np.unique(first):
             met = np.flatnonzero(first == place)
             s[:, :, met] = similarities(project_q(model, l, x, place + np.arange(n_question)), placed[met])
+        s[:, :, np.asarray(hidden, np.int64)] = -np.inf
         a = softmax_of_visible(s, own + 1)
         if l in layers:
             attention[l] = a
@@ -291,6 +292,35 @@ def combine_scores(attention, n_context, form):
     if form == "l2h":  # heads stay apart under the root
         return np.mean([np.sqrt((a**2).sum(axis=(0, 1))) for a in layers], axis=0)
     raise ValueError(f"unknown score form {form!r}")
+
+
+def zigzag_shards(request, n_rank):
+    """The chunks of each rank: a chunk belongs to the slice of 2P equal ones that holds its middle; rank r has r and 2P-1-r."""
+    o, shards = request.offsets, [[] for _ in range(n_rank)]
+    for i in range(len(request.chunks)):
+        at = 2 * n_rank * (o[i] + o[i + 1]) // (2 * o[-1])
+        shards[min(at, 2 * n_rank - 1 - at)].append(i)
+    return shards
+
+
+def order_by_ratio(request, selected):
+    """Chunk numbers by the share of their rows in `selected`, ascending, equal shares by number; prefix rows count nowhere."""
+    p, o = len(request.prefix), request.offsets
+    share = [Fraction(int(np.sum((selected >= max(o[i], p)) & (selected < o[i + 1]))), len(chunk))
+             for i, chunk in enumerate(request.chunks)]
+    return sorted(range(len(share)), key=lambda i: (share[i], i))
+
+
+def local_scores(model, cache, request, question, layers, places, form, shards, has_sink):
+    """Scores [T] where the question of each rank sees that rank's chunks alone, and the prefix too if has_sink."""
+    o, scores = request.offsets, np.zeros(request.offsets[-1])
+    for chunks in shards:
+        own = np.concatenate([np.arange(o[i], o[i + 1]) for i in chunks] + [np.empty(0, np.int64)]).astype(np.int64)
+        seen = np.union1d(own, np.arange(len(request.prefix) if has_sink else 0))
+        hidden = np.setdiff1d(np.arange(o[-1]), seen)
+        attention = question_attention(model, cache, question, layers, places, hidden)
+        scores[own] = combine_scores(attention, o[-1], form)[own]
+    return scores
 
 
 def budget(ratio, n_context, n_eligible):
@@ -400,11 +430,35 @@ class Result:
     gap: float  # relative score gap at the selection threshold
     logit_gap: float  # smallest relative gap of best and second logit over the answer
     cache: Cache  # the T context rows
+    order: list  # the request's chunk in each place: ascending unless reordered
+    context: list  # the T token ids in index order
 
 
 def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_layer_choice="published", max_new=32,
-            score_rows="question", chosen=(), epic_k=16, geometry="global", hp="shared"):
-    """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, cacheblend, and random with the set `chosen`."""
+            score_rows="question", chosen=(), epic_k=16, geometry="global", hp="shared", local_ranks=0,
+            has_sink=False, reorder=False):
+    """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, cacheblend, and random with the set `chosen`.
+
+    local_ranks: score as so many ranks would that see their own chunks alone, placed zigzag; 0: the whole context.
+    reorder: first put the chunks in ascending order of their shares of the best rows under hl-tp; all that is returned
+    is about the new sequence, to which each rank's chunks go along.
+    """
+    order, shards = list(range(len(request.chunks))), zigzag_shards(request, local_ranks) if local_ranks else []
+    rows = request.prompt if score_rows == "prompt" else request.question
+    layers = score_layers(model.config.n_layer, score_layer_choice)
+
+    def score_rows_of(cache, places):
+        if local_ranks:
+            return local_scores(model, cache, request, rows, layers, places, score, shards, has_sink)
+        return combine_scores(question_attention(model, cache, rows, layers, places), request.offsets[-1], score)
+
+    first_gap = np.inf
+    if reorder:
+        scores = score_rows_of(encode_chunks(model, request), scoring_places(request, "hl-tp"))
+        best, first_gap = select_best(scores, 0, ratio)
+        order = order_by_ratio(request, best)
+        request = dataclasses.replace(request, chunks=[request.chunks[i] for i in order])
+        shards = [sorted(order.index(i) for i in chunks) for chunks in shards]
     context, first_eligible = request.context, request.offsets[1]
     selected, scores, gap = np.empty(0, np.int64), None, np.inf
     if method == "full":
@@ -414,10 +468,7 @@ def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_l
         if method == "all":
             selected = np.arange(first_eligible, len(context))
         elif method == "infoflow":
-            rows = request.prompt if score_rows == "prompt" else request.question
-            layers = score_layers(model.config.n_layer, score_layer_choice)
-            places = scoring_places(request, geometry, hp)
-            scores = combine_scores(question_attention(model, cache, rows, layers, places), len(context), score)
+            scores = score_rows_of(cache, scoring_places(request, geometry, hp))
             selected, gap = select_best(scores, first_eligible, ratio)
         elif method == "cacheblend":
             exact, _ = full_prefill(model, context)  # what running layer 0 on all rows gives layer 1
@@ -435,4 +486,5 @@ def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_l
             raise ValueError(f"unknown method {method!r}")
         recompute(model, cache, context, selected)
     first, answer, finish, logit_gap = prompt_and_decode(model, cache, request.prompt, max_new)
-    return Result(first, answer, finish, selected, scores, gap, logit_gap, cache)
+    return Result(first, answer, finish, selected, scores, min(gap, first_gap), logit_gap, cache, order,
+                  context)
