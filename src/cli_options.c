@@ -44,6 +44,9 @@ static const option table[] = {
     {"chunk", KIND_COUNT, CLI_METHOD, AT(chunk), AT(has_chunk), INT32_MAX, "N", NULL,
      "re-cut every context every N tokens (default: as given; 2048 for a request with "
      "\"context\")"},
+    {"refit", KIND_FLAG, CLI_METHOD, AT(refit), 0, 0, NULL, NULL,
+     "move the rows that are not recomputed by an affine map fitted on those that are; not in the "
+     "published method; needs exchange delta or one rank"},
     {"score", KIND_TEXT, CLI_METHOD, AT(score), 0, 0, "FORM", "l2",
      "l2, l1, mass, l2h: how probabilities become a score"},
     {"score-rows", KIND_TEXT, CLI_METHOD, AT(score_rows), 0, 0, "ROWS", "question",

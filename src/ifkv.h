@@ -240,6 +240,8 @@ typedef struct ifkv_prefill_options {
     const char *geometry;    /* of scoring; NULL: "global"; "hl-tp", "hl-hp", "tl-tp" */
     const char *hp;          /* of geometry "hl-hp"; NULL: "shared"; "per_chunk" */
     int64_t epic_k;          /* of method "epic": rows at the head of each chunk; 0: 16 */
+    bool refit; /* rows that are not recomputed are moved by an affine map per layer and K/V head,
+                   fitted on those that are; needs exchange "delta" or one rank */
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */

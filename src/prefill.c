@@ -171,12 +171,22 @@ ifkv_status ifkv_prefill_recompute(ifkv_session *session) {
             exchange->ops->is_home_owner ? session->pass_owner[i] : ifkv_deal_home(i, k, size);
     }
     IFKV_TRY(begin_rows(session, k, exchange, &session->recompute));
+    if (session->refit.is_on)
+        IFKV_TRY(ifkv_refit_begin(&session->refit, exchange, session->engine->frequency,
+                                  session->selected));
     for (int layer = 0; layer < n_layer; layer++) {
         /* K/V of layer 0 depend on token and position only and are right already; nothing reads the
          * last hidden state */
         unsigned what = IFKV_LAYER_ALL;
         if (layer == 0) what &= ~(unsigned)IFKV_LAYER_KV;
         if (layer + 1 == n_layer) what &= IFKV_LAYER_KV;
+        if (what && layer > 0 && session->refit.is_on) {
+            const unsigned project = IFKV_LAYER_Q | IFKV_LAYER_KV;
+            IFKV_TRY(ifkv_refit_before(&session->refit, exchange, layer));
+            IFKV_TRY(ifkv_layer_run(&session->recompute, layer, exchange, what & project));
+            IFKV_TRY(ifkv_refit_after(&session->refit, exchange, layer));
+            what &= ~project;
+        }
         if (what) IFKV_TRY(ifkv_layer_run(&session->recompute, layer, exchange, what));
         report(session, IFKV_STAGE_RECOMPUTE, layer + 1, n_layer);
     }

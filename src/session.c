@@ -339,6 +339,10 @@ static ifkv_status plan_passes(ifkv_session *session) {
     if (ops && ops->is_home_owner) home = k < session->n_kept ? k : session->n_kept;
     IFKV_TRY(plan_rows(session, session->exchange_name, k, home,
                        session->is_exact ? NULL : &session->recompute, &session->exchange));
+    if (session->options.refit && !session->is_exact)
+        IFKV_TRY(ifkv_refit_init(&session->refit, session->engine->backend,
+                                 &session->exchange->shape, k, session->cache_index,
+                                 session->n_kept));
     home = ifkv_deal_count(n_prompt, session->placement.n_tail_rank, comm->rank);
     IFKV_TRY(
         plan_rows(session, "query", n_prompt, home, &session->prompt, &session->prompt_exchange));
@@ -411,6 +415,7 @@ static const char *pick_exchange(const ifkv_session *session) {
     if (session->is_exact) return session->method; /* its own exchange */
     const char *name = session->options.exchange ? session->options.exchange : default_exchange;
     if (strcmp(name, "auto")) return name;
+    if (session->options.refit) return "delta"; /* the only one that keeps the whole context */
     const ifkv_engine *engine = session->engine;
     const ifkv_config *config = &engine->model.config;
     const double row = 2.0 * config->n_layer * config->n_kv_head * config->d_head *
@@ -442,6 +447,10 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     const ifkv_request *r = &session->request;
     session->n_context = r->n_prefix + r->chunk_offsets[r->n_chunk];
     session->exchange_name = pick_exchange(session);
+    IFKV_REQUIRE(!session->options.refit || session->is_exact || session->engine->comm->size == 1 ||
+                     ifkv_exchange_find(session->exchange_name)->whole,
+                 IFKV_ERR_USAGE, IFKV_E_VALUE, "refit: got exchange %s, expected delta",
+                 session->exchange_name);
     session->n_prompt = r->n_prompt;
     session->n_tail = r->n_prompt + (session->max_new > 0 ? session->max_new - 1 : 0);
     return IFKV_OK;
@@ -463,9 +472,10 @@ static ifkv_status digest_plan(ifkv_session *session) {
     add_text(digest, session->scores ? session->score_layers : "");
     add_text(digest, session->scores && options->score ? options->score : "l2");
     const int64_t number[] = {
-        session->n_context, session->n_prompt,       session->n_question,       session->n_selected,
-        session->max_new,   session->scores != NULL, options->selected != NULL, placement->n_prefix,
-        placement->n_chunk, session->reuse.is_on,    session->geometry};
+        session->n_context,        session->n_prompt,   session->n_question,
+        session->n_selected,       session->max_new,    session->scores != NULL,
+        options->selected != NULL, placement->n_prefix, placement->n_chunk,
+        session->reuse.is_on,      session->geometry,   session->refit.is_on};
     for (size_t i = 0; i < sizeof number / sizeof *number; i++)
         ifkv_digest_add_u64(digest, (uint64_t)number[i]);
     for (int64_t i = 0; i < placement->n_chunk; i++) {
@@ -545,6 +555,7 @@ void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena) {
     if (!session->is_exact) {
         ifkv_pass_layout(&session->recompute, arena, dtype);
         session->exchange->ops->layout(session->exchange, arena);
+        ifkv_refit_layout(&session->refit, session->exchange, arena);
     }
     ifkv_arena_reset(arena, mark);
     ifkv_pass_layout(&session->prompt, arena, dtype);
@@ -556,6 +567,7 @@ void ifkv_session_destroy(ifkv_session *session) {
     ifkv_selector_destroy(session->selector);
     ifkv_exchange_destroy(session->exchange);
     ifkv_exchange_destroy(session->prompt_exchange);
+    ifkv_refit_fini(&session->refit);
     ifkv_pass_fini(&session->encode);
     ifkv_pass_fini(&session->recompute);
     ifkv_pass_fini(&session->prompt);

@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "exchange.h"
+#include "refit.h"
 #include "reuse.h"
 #include "select.h"
 
@@ -56,6 +57,7 @@ struct ifkv_session {
     ifkv_geometry geometry;  /* while scoring */
     ifkv_exchange *exchange;
     ifkv_pass recompute;
+    ifkv_refit refit; /* rows that are not recomputed */
 
     /* Prompt and decode. */
     ifkv_exchange *prompt_exchange;

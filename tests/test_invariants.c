@@ -1045,6 +1045,7 @@ static void i23_options_that_differ_stop_all(void **state) {
         ODD("score_rows", .score_rows = "prompt"),
         ODD("score_layers", .score_layers = "0"),
         ODD("geometry", .geometry = "hl-tp"),
+        ODD("refit", .refit = true),
         ODD("placement", .placement = "contiguous"),
         ODD("chunk", .chunk = 19),
         ODD("selected", .selected = some, .n_selected = 3),
