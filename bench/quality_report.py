@@ -18,7 +18,7 @@ import numpy as np
 
 import quality_stats as stats
 
-DEFAULT = {"method": "infoflow", "ratio": "0.15", "score": "l2", "layers": "published", "rows": "question",
+DEFAULT = {"method": "infoflow", "ratio": "0.15", "score": "l2", "layers": "wide", "rows": "question",
            "geometry": "global", "refit": False, "write": "recompute"}
 MEASURED = ("kl_first", "kl_greedy", "nll_greedy", "kl_gold", "nll_gold")
 

@@ -228,7 +228,7 @@ static ifkv_status open_output(prefill_run *run) {
              "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d%s",
              or_default(o->method, "infoflow"), or_default(o->ratio, "0.15"), exchange,
              (long long)o->chunk, or_default(o->score, "l2"), or_default(o->score_rows, "question"),
-             or_default(o->score_layers, "published"), or_default(o->geometry, "global"),
+             or_default(o->score_layers, "wide"), or_default(o->geometry, "global"),
              or_default(o->hp, "shared"), (long long)o->max_new, (unsigned long long)o->seed,
              (long long)(o->epic_k ? o->epic_k : 16), o->refit ? "refit=1;" : "",
              o->has_random_weights ? "random-" : "file-", (unsigned long long)o->random_weights,

@@ -222,7 +222,7 @@ typedef struct ifkv_prefill_options {
     const char *ratio;        /* exact decimal in [0, 1], NULL: "0.15" */
     const char *score;        /* NULL: "l2"; "l1", "mass", "l2h" */
     const char *score_rows;   /* NULL: "question"; "prompt" */
-    const char *score_layers; /* NULL: "published"; "wide"; "22,23,24,25" */
+    const char *score_layers; /* NULL: "wide"; "published"; "22,23,24,25" */
     const char *placement; /* NULL: "auto"; "zigzag", "contiguous", "longest": changes time, never
                               results */
     int64_t chunk;         /* re-cut the context every so many tokens; 0: as given */

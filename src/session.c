@@ -270,8 +270,7 @@ static ifkv_status plan_selection(ifkv_session *session) {
     IFKV_TRY(ifkv_ratio_parse(options->ratio ? options->ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options->score ? options->score : "l2", &input.form));
     IFKV_TRY(ifkv_geometry_parse(options->geometry, options->hp, &input.geometry));
-    IFKV_TRY(ifkv_score_layers_parse(options->score_layers ? options->score_layers : "published",
-                                     engine->model.config.n_layer, &input));
+    IFKV_TRY(ifkv_score_layers_parse(options->score_layers, engine->model.config.n_layer, &input));
     /* an exact method selects nothing, so nothing may be given either */
     const int64_t n_eligible =
         is_exact ? 0 : session->n_context - ifkv_select_first(&session->placement);

@@ -849,8 +849,8 @@ static void i16_placement_changes_no_result(void **state) {
 }
 
 static int n_score_layers(const pipeline_case *it) {
-    const int n = it->shape->n_layer, first = 11 * n / 20; /* all shapes have fewer than 26 */
-    return first + 4 < n ? 4 : n - first;
+    const int n = it->shape->n_layer; /* wide */
+    return (5 * n / 6 - n / 3) / 3 + 1;
 }
 
 static void i18_score_forms_bound_each_other(void **state) {

@@ -435,7 +435,7 @@ class Result:
     cache: Cache  # the T context rows
 
 
-def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_layer_choice="published", max_new=32,
+def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_layer_choice="wide", max_new=32,
             score_rows="question", chosen=(), epic_k=16, geometry="global", hp="shared", refit=False):
     """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, cacheblend, and random with the set `chosen`."""
     context, first_eligible = request.context, request.offsets[1]
