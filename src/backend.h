@@ -72,6 +72,25 @@ typedef struct ifkv_score_args {
     float *score; /* [n_key] float32, added to */
 } ifkv_score_args;
 
+/* Move rows of x that were not recomputed by what those that were show: per head, an affine map
+ * from a stale row to its change is fitted on n_fit rows (ridge regression) and what it says is
+ * added to every other row at or above `first`, in place. */
+typedef struct ifkv_refit_args {
+    int n_head, d_head;
+    double ridge;           /* added to every variance, in mean variances; above 0 */
+    ifkv_view stale, fresh; /* [n_fit, n_head * d_head] */
+    const int64_t *row;     /* [n_fit] where they lie in x, ascending */
+    int64_t first;
+    ifkv_view cos_sin; /* [n_row, d_head] float32: rows are rotated by these angles and are mapped
+                          as they were before; data NULL: they are not */
+    ifkv_view x;       /* [n_row, n_head * d_head] */
+    double *scratch;   /* [n_head, ifkv_refit_scratch(d_head)] back-end memory */
+} ifkv_refit_args;
+
+static inline int64_t ifkv_refit_scratch(int d_head) {
+    return 2 * (int64_t)d_head * d_head + 2 * (int64_t)d_head;
+}
+
 typedef struct ifkv_backend_ops {
     const char *name;      /* "cpu" */
     ifkv_dtype dtype;      /* of activations, weights and K/V */
@@ -126,6 +145,8 @@ typedef struct ifkv_backend_ops {
      */
     ifkv_status (*top_k)(ifkv_backend *backend, const float *value, int64_t n, int64_t k,
                          int64_t *scratch, int64_t *index);
+    /* (optional) NULL: refit is refused where it is asked for. */
+    ifkv_status (*refit)(ifkv_backend *backend, const ifkv_refit_args *args);
 } ifkv_backend_ops;
 
 struct ifkv_backend {

@@ -18,7 +18,7 @@ typedef struct cli_options {
     int64_t chunk, max_new, epic_k, ranks, threads;
     uint64_t seed, random_weights;
     bool has_random_weights, has_chunk;
-    bool local_sink, reorder, reorder_force;
+    bool local_sink, reorder, reorder_force, refit;
     bool save_kv, save_logits, save_scores, resume, overwrite, json, quiet, verbose, help;
     const char **argument; /* [n_argument] what is not an option */
     int n_argument;

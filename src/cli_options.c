@@ -44,12 +44,17 @@ static const option table[] = {
     {"chunk", KIND_COUNT, CLI_METHOD, AT(chunk), AT(has_chunk), INT32_MAX, "N", NULL,
      "re-cut every context every N tokens (default: as given; 2048 for a request with "
      "\"context\")"},
+    {"refit", KIND_FLAG, CLI_METHOD, AT(refit), 0, 0, NULL, NULL,
+     "move the rows that are not recomputed by an affine map fitted on those that are; not in the "
+     "published method; needs exchange delta or one rank"},
     {"score", KIND_TEXT, CLI_METHOD, AT(score), 0, 0, "FORM", "l2",
      "l2, l1, mass, l2h: how probabilities become a score"},
     {"score-rows", KIND_TEXT, CLI_METHOD, AT(score_rows), 0, 0, "ROWS", "question",
      "question or prompt: whose attention is scored"},
-    {"score-layers", KIND_TEXT, CLI_METHOD, AT(score_layers), 0, 0, "SET", "published",
-     "published, wide or a list such as 22,23,24,25"},
+    {"score-layers", KIND_TEXT, CLI_METHOD, AT(score_layers), 0, 0, "SET", "wide",
+     "wide (every third from a third of the depth to five sixths), published (22-25, or that "
+     "depth) "
+     "or a list"},
     {"geometry", KIND_TEXT, CLI_METHOD, AT(geometry), 0, 0, "NAME", "global",
      "global, hl-tp, hl-hp, tl-tp: rotary positions while scoring"},
     {"hp", KIND_TEXT, CLI_METHOD, AT(hp), 0, 0, "PLACE", "shared",

@@ -48,6 +48,7 @@ ifkv_prefill_options cli_prefill_options(const cli_options *options, const ifkv_
         .store = store,
         .epic_k = options->epic_k,
         .ride = options->ride,
+        .refit = options->refit,
     };
     if (item && item->max_new >= 0) prefill.max_new = item->max_new;
     if (item && item->is_context && !options->chunk) prefill.chunk = CONTEXT_CHUNK;
@@ -235,14 +236,15 @@ static ifkv_status open_output(prefill_run *run) {
     const bool is_rank_bound = !strcmp(exchange, "kv") || !strcmp(exchange, "local") || is_local;
     snprintf(run->what, sizeof run->what,
              "method=%s;ratio=%s;exchange=%s;chunk=%lld;score=%s;score_rows=%s;score_layers=%s;"
-             "geometry=%s;hp=%s;max_new=%lld;seed=%llu;epic_k=%lld;"
+             "geometry=%s;hp=%s;max_new=%lld;seed=%llu;epic_k=%lld;%s"
              "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d%s%s%s",
              or_default(o->method, "infoflow"), or_default(o->ratio, "0.15"), exchange,
              (long long)o->chunk, or_default(o->score, "l2"), or_default(o->score_rows, "question"),
-             or_default(o->score_layers, "published"), or_default(o->geometry, "global"),
+             or_default(o->score_layers, "wide"), or_default(o->geometry, "global"),
              or_default(o->hp, "shared"), (long long)o->max_new, (unsigned long long)o->seed,
-             (long long)(o->epic_k ? o->epic_k : 16), o->has_random_weights ? "random-" : "file-",
-             (unsigned long long)o->random_weights, or_default(o->backend, "auto"),
+             (long long)(o->epic_k ? o->epic_k : 16), o->refit ? "refit=1;" : "",
+             o->has_random_weights ? "random-" : "file-", (unsigned long long)o->random_weights,
+             or_default(o->backend, "auto"),
              is_rank_bound || o->save_kv ? ifkv_comm_size(run->comm) : 0, o->save_kv,
              o->save_logits, o->save_scores,
              o->store ? ";store=1" : "", /* what is in it changes nothing, that it is used does */

@@ -101,6 +101,7 @@ static const ifkv_backend_ops cpu_ops = {
     .score = ifkv_cpu_score,
     .row_distance = ifkv_cpu_row_distance,
     .top_k = ifkv_cpu_top_k,
+    .refit = ifkv_cpu_refit,
 };
 
 ifkv_status ifkv_cpu_backend_open(int n_thread, ifkv_backend **backend_p) {

@@ -235,7 +235,7 @@ typedef struct ifkv_prefill_options {
     const char *ratio;        /* exact decimal in [0, 1], NULL: "0.15" */
     const char *score;        /* NULL: "l2"; "l1", "mass", "l2h" */
     const char *score_rows;   /* NULL: "question"; "prompt" */
-    const char *score_layers; /* NULL: "published"; "wide"; "22,23,24,25" */
+    const char *score_layers; /* NULL: "wide"; "published"; "22,23,24,25" */
     const char *placement; /* NULL: "auto"; "zigzag", "contiguous", "longest": changes time, never
                               results */
     int64_t chunk;         /* re-cut the context every so many tokens; 0: as given */
@@ -266,6 +266,8 @@ typedef struct ifkv_prefill_options {
                             places by their scores first, and all that the session tells is
                             about the sequence in the new order; method "infoflow" with geometry
                             "global" only; "force": also chunks that `chunk` cut */
+    bool refit; /* rows that are not recomputed are moved by an affine map per layer and K/V head,
+                   fitted on those that are; needs exchange "delta" or one rank */
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */

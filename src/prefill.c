@@ -236,6 +236,17 @@ static ifkv_status choose_first_token(ifkv_session *session, ifkv_pass *pass) {
     return IFKV_OK;
 }
 
+/* Project and store the rows of a part, let the others follow, and leave the rest of the layer. */
+static ifkv_status store_and_refit(ifkv_session *session, int layer, ifkv_layer_part *part) {
+    const unsigned project = IFKV_LAYER_Q | IFKV_LAYER_KV, rest = part->what & ~project;
+    part->what &= project;
+    IFKV_TRY(ifkv_refit_before(&session->refit, session->exchange, layer));
+    IFKV_TRY(ifkv_layer_run_parts(&session->recompute, layer, part, 1));
+    IFKV_TRY(ifkv_refit_after(&session->refit, session->exchange, layer));
+    part->what = rest;
+    return IFKV_OK;
+}
+
 ifkv_status ifkv_prefill_recompute(ifkv_session *session) {
     ifkv_backend *backend = session->engine->backend;
     const int64_t k = session->n_selected;
@@ -255,12 +266,16 @@ ifkv_status ifkv_prefill_recompute(ifkv_session *session) {
     }
     IFKV_TRY(ifkv_pass_begin(&session->recompute, backend, begin[n_group], session->home_token,
                              session->home_position, n_group, begin));
+    if (session->refit.is_on)
+        IFKV_TRY(ifkv_refit_begin(&session->refit, session->exchange, session->engine->frequency,
+                                  session->selected));
     for (int layer = 0; layer < n_layer; layer++) {
         /* K/V of layer 0 depend on token and position only and are right already; nothing reads the
          * last hidden state */
         part[0].what = IFKV_LAYER_ALL;
         if (layer == 0) part[0].what &= ~(unsigned)IFKV_LAYER_KV;
         if (layer + 1 == n_layer) part[0].what &= IFKV_LAYER_KV;
+        if (session->refit.is_on && layer > 0) IFKV_TRY(store_and_refit(session, layer, &part[0]));
         IFKV_TRY(ifkv_layer_run_parts(&session->recompute, layer, part, has_rider ? 2 : 1));
         report(session, IFKV_STAGE_RECOMPUTE, layer + 1, n_layer);
     }

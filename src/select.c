@@ -113,6 +113,7 @@ static ifkv_status layers_from_list(const char *text, int n_layer, ifkv_select_i
 
 ifkv_status ifkv_score_layers_parse(const char *text, int n_layer, ifkv_select_input *input) {
     int first, last, step = 1;
+    if (!text) text = "wide";
     if (!strcmp(text, "published")) {
         first = n_layer >= 26 ? 22 : 11 * n_layer / 20;
         last = first + 3 < n_layer ? first + 3 : n_layer - 1;

@@ -95,8 +95,8 @@ int64_t ifkv_select_by_ratio(int64_t num, int64_t den, int64_t n_context, int64_
 /* The same of the input's placement: what most selectors' budget is. */
 int64_t ifkv_select_ratio_budget(const ifkv_select_input *input, int64_t num, int64_t den);
 
-/* Read "published", "wide" or an ascending comma list into input->score_layer (algorithm 1.4, 5.2).
- * Errors: USAGE. */
+/* Read "published", "wide" (NULL) or an ascending comma list into input->score_layer
+ * (algorithm 1.4, 5.2). Errors: USAGE. */
 ifkv_status ifkv_score_layers_parse(const char *text, int n_layer, ifkv_select_input *input);
 ifkv_status ifkv_score_form_parse(const char *text, ifkv_score_form *form_p);
 

@@ -305,8 +305,7 @@ static ifkv_status plan_selection(ifkv_session *session) {
     IFKV_TRY(ifkv_ratio_parse(options->ratio ? options->ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options->score ? options->score : "l2", &input.form));
     IFKV_TRY(ifkv_geometry_parse(options->geometry, options->hp, &input.geometry));
-    IFKV_TRY(ifkv_score_layers_parse(options->score_layers ? options->score_layers : "published",
-                                     engine->model.config.n_layer, &input));
+    IFKV_TRY(ifkv_score_layers_parse(options->score_layers, engine->model.config.n_layer, &input));
     /* an exact method selects nothing, so nothing may be given either */
     int64_t n_eligible = is_exact ? 0 : session->n_context - ifkv_select_first(&session->placement);
     input.budget = options->selected ? options->n_selected : ops->budget(&input, num, den);
@@ -383,9 +382,15 @@ static ifkv_status plan_passes(ifkv_session *session) {
             prompt_home = ifkv_deal_count(n_prompt, session->placement.n_tail_rank, comm->rank);
     if (ops && ops->is_home_owner) home = k < session->n_kept ? k : session->n_kept;
     IFKV_TRY(plan_exchange(session, session->exchange_name, k, home, &session->exchange));
+    if (session->options.refit && !session->is_exact)
+        IFKV_TRY(ifkv_refit_init(&session->refit, session->engine->backend,
+                                 &session->exchange->shape, k, session->cache_index,
+                                 session->n_kept));
     IFKV_TRY(plan_exchange(session, "query", n_prompt, prompt_home, &session->prompt_exchange));
 
-    session->rides[IFKV_STAGE_PROMPT] = may_ride(session, "prompt") && session->n_selected > 0;
+    /* refit moves keys between the stores of the two parts */
+    session->rides[IFKV_STAGE_PROMPT] =
+        may_ride(session, "prompt") && session->n_selected > 0 && !session->refit.is_on;
     if (session->rides[IFKV_STAGE_PROMPT]) {
         home += prompt_home;
         prompt_home = prompt_home > 0; /* decode's row */
@@ -470,6 +475,7 @@ static const char *pick_exchange(const ifkv_session *session) {
     if (session->is_exact) return session->method; /* its own exchange */
     const char *name = session->options.exchange ? session->options.exchange : default_exchange;
     if (strcmp(name, "auto")) return name;
+    if (session->options.refit) return "delta"; /* the only one that keeps the whole context */
     const ifkv_engine *engine = session->engine;
     const ifkv_config *config = &engine->model.config;
     const double row = 2.0 * config->n_layer * config->n_kv_head * config->d_head *
@@ -504,6 +510,12 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     const ifkv_request *r = &session->request;
     session->n_context = r->n_prefix + r->chunk_offsets[r->n_chunk];
     session->exchange_name = pick_exchange(session);
+    IFKV_REQUIRE(!session->options.refit || !session->reorder.is_on, IFKV_ERR_USAGE,
+                 IFKV_E_CONFLICT, "refit and reorder exclude each other");
+    IFKV_REQUIRE(!session->options.refit || session->is_exact || session->engine->comm->size == 1 ||
+                     ifkv_exchange_find(session->exchange_name)->whole,
+                 IFKV_ERR_USAGE, IFKV_E_VALUE, "refit: got exchange %s, expected delta",
+                 session->exchange_name);
     session->n_prompt = r->n_prompt;
     session->n_tail = r->n_prompt + (session->max_new > 0 ? session->max_new - 1 : 0);
     return IFKV_OK;
@@ -530,7 +542,7 @@ static ifkv_status digest_plan(ifkv_session *session) {
         session->n_selected,       session->max_new,    session->scores != NULL,
         options->selected != NULL, placement->n_prefix, placement->n_chunk,
         session->reuse.has_store,  session->geometry,   options->local_sink,
-        session->reorder.is_on};
+        session->reorder.is_on,    session->refit.is_on};
     for (size_t i = 0; i < sizeof number / sizeof *number; i++)
         ifkv_digest_add_u64(digest, (uint64_t)number[i]);
     for (int i = 0; i < IFKV_N_STAGE; i++) ifkv_digest_add_u64(digest, session->rides[i]);
@@ -616,6 +628,7 @@ void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena) {
     if (!session->is_exact) {
         ifkv_pass_layout(&session->recompute, arena, dtype);
         session->exchange->ops->layout(session->exchange, arena);
+        ifkv_refit_layout(&session->refit, session->exchange, arena);
     }
     if (!session->rides[IFKV_STAGE_PROMPT]) ifkv_arena_reset(arena, mark);
     ifkv_pass_layout(&session->prompt, arena, dtype);
@@ -627,6 +640,7 @@ void ifkv_session_destroy(ifkv_session *session) {
     ifkv_selector_destroy(session->selector);
     ifkv_exchange_destroy(session->exchange);
     ifkv_exchange_destroy(session->prompt_exchange);
+    ifkv_refit_fini(&session->refit);
     ifkv_pass_fini(&session->encode);
     ifkv_pass_fini(&session->recompute);
     ifkv_pass_fini(&session->prompt);

@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "exchange.h"
+#include "refit.h"
 #include "reorder.h"
 #include "reuse.h"
 #include "select.h"
@@ -65,6 +66,7 @@ struct ifkv_session {
     const char *scoring;     /* "exact", "local"; "" unless the question's attention is scored */
     ifkv_exchange *exchange;
     ifkv_pass recompute; /* a prompt that rides is in it, behind S */
+    ifkv_refit refit;    /* rows that are not recomputed */
 
     /* Prompt and decode. */
     ifkv_exchange *prompt_exchange;

@@ -37,7 +37,7 @@ level() {
     h5.h | h5_file.h | safetensors*.h | model.h | model_check.h | store*.h | weights.h | weights_random.h | request.h | kvcache.h | publish.h | manifest.h) echo 3 ;;
     exchange.h | exchange_owned.h | exchange_kv_route.h) echo 4 ;;
     layer.h) echo 5 ;;
-    select.h | engine.h) echo 6 ;;
+    select.h | refit.h | engine.h) echo 6 ;;
     reorder.h | reuse.h | session.h | prefill.h | output*.h) echo 7 ;;
     cli.h | *) echo 8 ;;
     esac

@@ -517,7 +517,7 @@ static void defaults_are_the_documented_ones(void **state) {
                                                       .ratio = "0.15",
                                                       .score = "l2",
                                                       .score_rows = "question",
-                                                      .score_layers = "published",
+                                                      .score_layers = "wide",
                                                       .placement = "zigzag"});
     assert_int_equal(plain.n_selected, 4); /* of 32 */
     assert_same(&plain, &named, true);
@@ -592,7 +592,7 @@ static void result_says_what_was_done(void **state) {
     assert_string_equal(result.exchange, "delta"); /* what "auto" chose */
     assert_string_equal(result.backend, "cpu");
     assert_string_equal(result.comm, "self");
-    assert_string_equal(result.score_layers, "2,3,4");
+    assert_string_equal(result.score_layers, "1,4"); /* wide, of 5 */
     assert_string_equal(result.geometry, "global");
     assert_string_equal(result.hp, "");
     assert_int_equal(result.n_rank, 1);

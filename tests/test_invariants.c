@@ -851,8 +851,8 @@ static void i16_placement_changes_no_result(void **state) {
 }
 
 static int n_score_layers(const pipeline_case *it) {
-    const int n = it->shape->n_layer, first = 11 * n / 20; /* all shapes have fewer than 26 */
-    return first + 4 < n ? 4 : n - first;
+    const int n = it->shape->n_layer; /* wide */
+    return (5 * n / 6 - n / 3) / 3 + 1;
 }
 
 static void i18_score_forms_bound_each_other(void **state) {
@@ -1058,6 +1058,7 @@ static void i23_options_that_differ_stop_all(void **state) {
         ODD("geometry", .geometry = "hl-tp"),
         ODD("scoring", .scoring = "local"),
         ODD("reorder", .reorder = "on"),
+        ODD("refit", .refit = true),
         ODD("placement", .placement = "contiguous"),
         ODD("chunk", .chunk = 19),
         ODD("selected", .selected = some, .n_selected = 3),

@@ -60,6 +60,9 @@ WAYS = {
     "epic_budget": Way(("--method", "epic_budget", "--ratio", "0.3"), (("method", "epic_budget"), ("ratio", "0.3"))),
     "cacheblend": Way(("--method", "cacheblend", "--ratio", "0.2"), (("method", "cacheblend"), ("ratio", "0.2")), True),
     "cacheblend_0": Way(("--method", "cacheblend", "--ratio", "0"), (("method", "cacheblend"), ("ratio", "0")), True),
+    "refit": Way(("--ratio", "0.3", "--refit"), (("ratio", "0.3"), ("refit", True)), True),
+    "refit_1": Way(("--ratio", "0.001", "--refit"), (("ratio", "0.001"), ("refit", True)), True),
+    "refit_epic": Way(("--method", "epic", "--refit"), (("method", "epic"), ("refit", True))),
     **{"-".join(geometry): Way(
         ("--ratio", "0.3", "--score-layers", "wide", "--geometry", geometry[0], "--hp", geometry[1]),
         (("ratio", "0.3"), ("score_layer_choice", "wide"), ("geometry", geometry[0]), ("hp", geometry[1])), True)

@@ -158,13 +158,13 @@ class Cache:
         return new
 
 
-def run_rows(model, cache, ids, index, shift=0, write_layer0=True, want_hidden=True):
+def run_rows(model, cache, ids, index, shift=0, write_layer0=True, want_hidden=True, after_write=None):
     """Run rows through all layers against a cache: the pass behind encode, full prefill, recompute, prompt and decode.
 
     ids [R] tokens; index [R] places in the cache, ascending.  Per layer the K/V of all rows are written first, then
     every row attends to all cached rows of index <= its own, which must hold K/V already.  Rotation is at
     index + shift.  write_layer0=False leaves K/V of layer 0 alone, which depend on token and position only.  The last
-    layer stops after its K/V unless want_hidden.  Returns the hidden rows [R, d_model], or None.
+    layer stops after its K/V unless want_hidden.  after_write(l) runs behind the write of layer l.  Returns the hidden rows [R, d_model], or None.
     """
     ids, index = np.asarray(ids, np.int64), np.asarray(index, np.int64)
     positions = index + shift
@@ -175,6 +175,8 @@ def run_rows(model, cache, ids, index, shift=0, write_layer0=True, want_hidden=T
             k, v = project_kv(model, l, x)
             cache.k[l][index] = rotate(k, positions, model.frequencies)
             cache.v[l][index] = v
+        if after_write:
+            after_write(l)
         if l == model.config.n_layer - 1 and not want_hidden:
             return None
         out = attend(project_q(model, l, x, positions), cache.k[l], cache.v[l], index + 1)
@@ -383,14 +385,45 @@ def select_epic_budget(request, ratio):
 # ---- recompute, prompt, decode --------------------------------------------------------------------------------------
 
 
-def recompute(model, cache, context, selected):
+def follow(stale, fresh, others, ridge=0.3):
+    """What an affine map from stale to fresh rows makes of others; [R, H, D] each, every head by itself.
+
+    The map x -> x + shift + x W minimises the squared change it misses plus ridge * mean variance * |W|^2, by the
+    singular values of the centred rows.
+    """
+    moved = np.empty_like(others)
+    for h in range(stale.shape[1]):
+        x, y = stale[:, h], (fresh - stale)[:, h]
+        u, s, vt = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+        weight = ridge * (s**2).sum() / x.shape[1]
+        shrunk = np.divide(s, s**2 + weight, out=np.zeros_like(s), where=s > 0)
+        w = vt.T @ (shrunk[:, None] * (u.T @ (y - y.mean(axis=0))))
+        moved[:, h] = others[:, h] + y.mean(axis=0) + (others[:, h] - x.mean(axis=0)) @ w
+    return moved
+
+
+def refit_layer(model, cache, l, stale_k, stale_v, selected, n_exact):
+    """Move every row from n_exact on that is not selected as the selected ones moved; K as it is before rotation."""
+    others = np.setdiff1d(np.arange(n_exact, len(cache.k[l])), selected)
+    before = lambda k, rows: rotate(k, -np.asarray(rows), model.frequencies)
+    moved = follow(before(stale_k, selected), before(cache.k[l][selected], selected), before(cache.k[l][others], others))
+    cache.k[l][others] = rotate(moved, others, model.frequencies)
+    cache.v[l][others] = follow(stale_v, cache.v[l][selected], cache.v[l][others])
+
+
+def recompute(model, cache, context, selected, n_exact=None):
     """Replace K/V of the selected rows, in place, by rows that start from their embeddings and see the whole past.
 
     Fresh rows see fresh rows of S and stale rows elsewhere.  Layer 0 keeps its K/V; the last layer ends with the write.
+    n_exact: refit; in every layer the rows from n_exact on that are not selected follow before anybody attends.
     """
     if len(selected):
         ids = np.asarray(context)[selected]
-        run_rows(model, cache, ids, selected, write_layer0=False, want_hidden=False)
+        after_write = None
+        if n_exact is not None:
+            stale = [(k[selected].copy(), v[selected].copy()) for k, v in zip(cache.k, cache.v)]
+            after_write = lambda l: l and refit_layer(model, cache, l, *stale[l], selected, n_exact)
+        run_rows(model, cache, ids, selected, write_layer0=False, want_hidden=False, after_write=after_write)
 
 
 def prompt_and_decode(model, cache, prompt, max_new):
@@ -434,9 +467,9 @@ class Result:
     context: list  # the T token ids in index order
 
 
-def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_layer_choice="published", max_new=32,
+def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_layer_choice="wide", max_new=32,
             score_rows="question", chosen=(), epic_k=16, geometry="global", hp="shared", local_ranks=0,
-            has_sink=False, reorder=False):
+            has_sink=False, reorder=False, refit=False):
     """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, cacheblend, and random with the set `chosen`.
 
     local_ranks: score as so many ranks would that see their own chunks alone, placed zigzag; 0: the whole context.
@@ -484,7 +517,7 @@ def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_l
             selected = np.sort(np.asarray(chosen, np.int64))
         elif method != "none":
             raise ValueError(f"unknown method {method!r}")
-        recompute(model, cache, context, selected)
+        recompute(model, cache, context, selected, first_eligible if refit else None)
     first, answer, finish, logit_gap = prompt_and_decode(model, cache, request.prompt, max_new)
     return Result(first, answer, finish, selected, scores, min(gap, first_gap), logit_gap, cache, order,
                   context)
