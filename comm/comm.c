@@ -73,6 +73,10 @@ void ifkv_comm_abort(ifkv_comm *comm, ifkv_status status) {
     comm->ops->abort(comm, status);
 }
 
+int64_t ifkv_comm_received(const ifkv_comm *comm) {
+    return comm->bytes_received;
+}
+
 ifkv_status ifkv_comm_barrier(ifkv_comm *comm) {
     return comm->ops->barrier(comm);
 }

@@ -79,6 +79,8 @@ ifkv_status ifkv_comm_shift_wait(ifkv_comm *comm);
  * in the message. */
 ifkv_status ifkv_comm_same(ifkv_comm *comm, uint64_t value, const char *what);
 void ifkv_comm_abort(ifkv_comm *comm, ifkv_status status);
+/* bytes_received, of calls on back-end memory too.  Local. */
+int64_t ifkv_comm_received(const ifkv_comm *comm);
 int ifkv_comm_node_size(const ifkv_comm *comm);
 
 /* Implemented by comm_self.c and comm_mpi.c; called by ifkv_comm_open only. */

@@ -320,7 +320,7 @@ typedef struct ifkv_result {
     int64_t store_hits, store_misses; /* entries, sum over ranks: chunks, and the prefix rows */
     int64_t store_tokens_hit;         /* context rows that were loaded, of n_context */
     bool rode[IFKV_N_STAGE]; /* stages that rode: score in encode, prompt in recompute, which count
-                                their ms and bytes; their own are 0 */
+                                their ms; their own is 0 */
     const char *scoring;     /* "exact" or "local"; "" if no attention was scored */
     const int64_t *chunk_order; /* [n_chunk] the request's chunk that stands in each place; NULL
                                    without reorder */

@@ -158,25 +158,30 @@ static ifkv_status run_blocks(ifkv_pass *pass, const ifkv_layer_weights *weights
     return IFKV_OK;
 }
 
-static ifkv_status store(ifkv_pass *pass, int layer, const ifkv_layer_part *part, int64_t row) {
+static ifkv_status store(ifkv_pass *pass, int layer, ifkv_layer_part *part, int64_t row) {
     const ifkv_config *config = &pass->model->config;
     const int64_t q_cols = (int64_t)config->n_head * config->d_head,
                   kv_cols = (int64_t)config->n_kv_head * config->d_head;
     const ifkv_view k = ifkv_view_block(&pass->qkv, row, part->n_row, q_cols, kv_cols),
                     v = ifkv_view_block(&pass->qkv, row, part->n_row, q_cols + kv_cols, kv_cols);
-    return part->exchange->ops->store(part->exchange, layer, &k, &v);
+    const int64_t before = ifkv_comm_received(part->exchange->comm);
+    const ifkv_status status = part->exchange->ops->store(part->exchange, layer, &k, &v);
+    part->bytes += ifkv_comm_received(part->exchange->comm) - before;
+    return status;
 }
 
-static ifkv_status attend(ifkv_pass *pass, int layer, const ifkv_layer_part *part, int64_t row) {
+static ifkv_status attend(ifkv_pass *pass, int layer, ifkv_layer_part *part, int64_t row) {
     const ifkv_config *config = &pass->model->config;
     const ifkv_view q = ifkv_view_block(&pass->qkv, row, part->n_row, 0,
                                         (int64_t)config->n_head * config->d_head),
                     attended = ifkv_view_rows(&pass->attended, row, part->n_row);
-    return part->exchange->ops->attend(part->exchange, layer, &q, &attended);
+    const int64_t before = ifkv_comm_received(part->exchange->comm);
+    const ifkv_status status = part->exchange->ops->attend(part->exchange, layer, &q, &attended);
+    part->bytes += ifkv_comm_received(part->exchange->comm) - before;
+    return status;
 }
 
-ifkv_status ifkv_layer_run_parts(ifkv_pass *pass, int layer, const ifkv_layer_part *part,
-                                 int n_part) {
+ifkv_status ifkv_layer_run_parts(ifkv_pass *pass, int layer, ifkv_layer_part *part, int n_part) {
     const ifkv_layer_weights *weights = &pass->model->layer[layer];
     int64_t row = 0;
     IFKV_TRY(run_blocks(pass, weights, part, n_part, IFKV_LAYER_Q | IFKV_LAYER_KV, project));
@@ -189,7 +194,7 @@ ifkv_status ifkv_layer_run_parts(ifkv_pass *pass, int layer, const ifkv_layer_pa
 }
 
 ifkv_status ifkv_layer_run(ifkv_pass *pass, int layer, ifkv_exchange *exchange, unsigned what) {
-    const ifkv_layer_part all = {exchange, pass->n_row, what};
+    ifkv_layer_part all = {exchange, pass->n_row, what, 0};
     return ifkv_layer_run_parts(pass, layer, &all, 1);
 }
 

@@ -73,13 +73,13 @@ typedef struct ifkv_layer_part {
     ifkv_exchange *exchange; /* borrowed */
     int64_t n_row;
     unsigned what;
+    int64_t bytes; /* received so far by its exchange, added to */
 } ifkv_layer_part;
 
 /* The same over a pass of several parts, each with its exchange: riders behind the rows that carry
  * them (algorithm 1.4, 1.8).  All parts store before any attends, in the order of the list.  Linear
  * work goes over neighbouring parts that want the same together, in the pass's row blocks. */
-ifkv_status ifkv_layer_run_parts(ifkv_pass *pass, int layer, const ifkv_layer_part *part,
-                                 int n_part);
+ifkv_status ifkv_layer_run_parts(ifkv_pass *pass, int layer, ifkv_layer_part *part, int n_part);
 
 /* logits [1, n_vocab] float32 of one row of hidden: final norm and LM head.  Uses the pass's norm
  * scratch.  Local. */

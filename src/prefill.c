@@ -93,6 +93,13 @@ static ifkv_status begin_slices(ifkv_session *session) {
     return session->exchange->ops->begin(session->exchange, &rows);
 }
 
+/* What a rider received counts for its own stage, and not for the one that carries it. */
+static void count_rider(ifkv_session *session, ifkv_stage carrier, ifkv_stage rider,
+                        int64_t bytes) {
+    session->bytes[carrier] -= bytes;
+    session->bytes[rider] += bytes;
+}
+
 ifkv_status ifkv_prefill_encode(ifkv_session *session) {
     if (session->reuse.is_on) {
         IFKV_TRY(ifkv_reuse_encode(session));
@@ -102,8 +109,9 @@ ifkv_status ifkv_prefill_encode(ifkv_session *session) {
     ifkv_backend *backend = session->engine->backend;
     ifkv_selector *rider = session->rides[IFKV_STAGE_SCORE] ? session->selector : NULL;
     const int n_layer = session->engine->model.config.n_layer;
-    ifkv_layer_part part[2] = {
-        {session->is_exact ? session->exchange : &session->chunk_exchange, session->n_encoded, 0}};
+    int64_t rider_bytes = 0;
+    ifkv_layer_part part[2] = {{session->is_exact ? session->exchange : &session->chunk_exchange,
+                                session->n_encoded, 0, 0}};
     IFKV_TRY(session->is_exact ? begin_slices(session) : begin_chunks(session));
     IFKV_TRY(ifkv_pass_begin(&session->encode, backend,
                              session->n_encoded + session->n_encode_rider, session->encode_token,
@@ -116,9 +124,13 @@ ifkv_status ifkv_prefill_encode(ifkv_session *session) {
         if (rider) part[1] = rider->ops->ride_part(rider, layer);
         IFKV_TRY(ifkv_layer_run_parts(&session->encode, layer, part, rider ? 2 : 1));
         if (rider) rider->ops->ride_layer(rider, layer);
+        rider_bytes += part[1].bytes;
         report(session, IFKV_STAGE_ENCODE, layer + 1, n_layer);
     }
+    rider_bytes -= ifkv_comm_received(session->engine->comm);
     if (rider) IFKV_TRY(rider->ops->score(rider, session->scores));
+    rider_bytes += ifkv_comm_received(session->engine->comm);
+    count_rider(session, IFKV_STAGE_ENCODE, IFKV_STAGE_SCORE, rider_bytes);
     return backend->ops->sync(backend);
 }
 
@@ -188,7 +200,7 @@ static ifkv_status begin_part(ifkv_session *session, ifkv_exchange *exchange, in
         .home = session->pass_home + first,
         .owner = session->pass_owner + first,
     };
-    *part = (ifkv_layer_part){exchange, 0, IFKV_LAYER_ALL};
+    *part = (ifkv_layer_part){exchange, 0, IFKV_LAYER_ALL, 0};
     for (int64_t i = 0; i < n; i++) {
         if (rows.home[i] != session->engine->comm->rank) continue;
         const int64_t row = n_before + part->n_row++;
@@ -279,8 +291,12 @@ ifkv_status ifkv_prefill_recompute(ifkv_session *session) {
         IFKV_TRY(ifkv_layer_run_parts(&session->recompute, layer, part, has_rider ? 2 : 1));
         report(session, IFKV_STAGE_RECOMPUTE, layer + 1, n_layer);
     }
-    if (has_rider) return choose_first_token(session, &session->recompute);
-    return backend->ops->sync(backend);
+    if (!has_rider) return backend->ops->sync(backend);
+    int64_t rider_bytes = part[1].bytes - ifkv_comm_received(session->engine->comm);
+    IFKV_TRY(choose_first_token(session, &session->recompute));
+    rider_bytes += ifkv_comm_received(session->engine->comm);
+    count_rider(session, IFKV_STAGE_RECOMPUTE, IFKV_STAGE_PROMPT, rider_bytes);
+    return IFKV_OK;
 }
 
 /* Run rows [first, first + n) of the prompt and what follows it through all layers. */

@@ -427,7 +427,7 @@ static ifkv_status score_layer(select_infoflow *self, int layer) {
 /* In the last scoring layer only Q, K and the probabilities; nothing behind it. */
 static ifkv_layer_part infoflow_part(ifkv_selector *selector, int layer) {
     question_exchange *x = &((select_infoflow *)selector)->exchange;
-    ifkv_layer_part part = {&x->base, x->n_question, IFKV_LAYER_ALL};
+    ifkv_layer_part part = {&x->base, x->n_question, IFKV_LAYER_ALL, 0};
     if (layer == x->last_layer) part.what &= ~(unsigned)IFKV_LAYER_FINISH;
     if (layer > x->last_layer) part.what = 0;
     return part;
@@ -447,7 +447,7 @@ static ifkv_status run_own_pass(select_infoflow *self) {
     IFKV_TRY(begin_own_pass(self));
     const int last = self->exchange.last_layer;
     for (int layer = 0; layer <= last; layer++) {
-        const ifkv_layer_part part = infoflow_part(&self->base, layer);
+        ifkv_layer_part part = infoflow_part(&self->base, layer);
         IFKV_TRY(ifkv_layer_run_parts(self->pass, layer, &part, 1));
         infoflow_layer(&self->base, layer);
         if (input->progress)
