@@ -171,6 +171,20 @@ static void print_row(const ifkv_request_item *item, const ifkv_result *result) 
     fflush(stdout);
 }
 
+/* What was left to ifkv, and what it goes by. */
+static void print_choices(const cli_options *options, const ifkv_request_item *item,
+                          const ifkv_result *result) {
+    char shown[IFKV_QUOTE_BYTES];
+    ifkv_quote(item->id, strlen(item->id), shown);
+    if (options->quiet) return;
+    if (*result->auto_exact)
+        fprintf(stderr, "ifkv: %s: method auto: %s: estimates: %s %.1f ms, infoflow %.1f ms\n",
+                shown, result->method, result->auto_exact, result->auto_exact_ms,
+                result->auto_infoflow_ms);
+    if (options->exchange && *result->exchange_choice)
+        fprintf(stderr, "ifkv: %s: exchange auto: %s\n", shown, result->exchange_choice);
+}
+
 static ifkv_status print_result(const cli_options *options, const ifkv_request_item *item,
                                 const ifkv_result *result, bool is_first) {
     if (options->json) {
@@ -233,7 +247,9 @@ static ifkv_status open_output(prefill_run *run) {
      * number of them */
     const char *exchange = or_default(o->exchange, "auto");
     const bool is_local = o->scoring && !strcmp(o->scoring, "local");
-    const bool is_rank_bound = !strcmp(exchange, "kv") || !strcmp(exchange, "local") || is_local;
+    const bool is_auto = o->method && !strcmp(o->method, "auto");
+    const bool is_rank_bound =
+        !strcmp(exchange, "kv") || !strcmp(exchange, "local") || is_local || is_auto;
     snprintf(run->what, sizeof run->what,
              "method=%s;ratio=%s;exchange=%s;chunk=%lld;score=%s;score_rows=%s;score_layers=%s;"
              "geometry=%s;hp=%s;max_new=%lld;seed=%llu;epic_k=%lld;%s"
@@ -331,6 +347,7 @@ static ifkv_status run_session(prefill_run *run, int64_t i, bool is_first, uint6
         const int n_kv = run->options->save_kv ? ifkv_comm_size(run->comm) : 0;
         status = ifkv_output_record(run->output, i, &result, n_kv, digest);
         cli_progress_clear(&run->progress);
+        print_choices(run->options, item, &result);
         if (status == IFKV_OK) status = print_result(run->options, item, &result, is_first);
     }
     status = ifkv_comm_agree(run->comm, status, NULL);
@@ -367,10 +384,28 @@ static ifkv_status run_requests(prefill_run *run) {
     return ifkv_comm_agree(run->comm, status, NULL);
 }
 
+static ifkv_status print_rates(prefill_run *run) {
+    ifkv_rates rates = {.size = sizeof rates};
+    if (!run->options->method || strcmp(run->options->method, "auto")) return IFKV_OK;
+    IFKV_TRY(ifkv_engine_measure(run->engine, &rates));
+    if (ifkv_comm_rank(run->comm) > 0 || run->options->quiet) return IFKV_OK;
+    fprintf(
+        stderr,
+        "ifkv: rates of a rank: matmul %.1f GFLOP/s, attention %.1f GFLOP/s, weights %.2f GB/s, "
+        "passes %.2f GB/s",
+        1e-9 * rates.matmul, 1e-9 * rates.attention, 1e-9 * rates.memory, 1e-9 * rates.passes);
+    if (rates.link > 0)
+        fprintf(stderr, ", link %.2f GB/s and %.1f us a message", 1e-9 * rates.link,
+                1e6 * rates.message_s);
+    fputc('\n', stderr);
+    return IFKV_OK;
+}
+
 static ifkv_status load_and_run(prefill_run *run, size_t bytes) {
     const ifkv_engine_options options = cli_engine_options(run->options, false);
     IFKV_TRY(ifkv_engine_open(run->comm, &options, &run->engine));
     IFKV_TRY(ifkv_comm_agree(run->comm, ifkv_engine_reserve(run->engine, bytes), NULL));
+    IFKV_TRY(print_rates(run));
     IFKV_TRY(begin_output(run));
     return run_requests(run);
 }

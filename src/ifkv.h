@@ -149,6 +149,11 @@ typedef struct ifkv_rates {
     double message_s;         /* seconds of a message of no length */
 } ifkv_rates;
 
+/* Measure rates, once an engine: products and attention at the model's shapes, element-wise passes,
+ * messages of a few sizes; the same values on every rank, those of the slowest.  Takes a fraction
+ * of a second for a small model.  Collective.  Errors: USAGE without weights, RESOURCE. */
+ifkv_status ifkv_engine_measure(ifkv_engine *engine, ifkv_rates *rates);
+
 /* ---- chunk store ---- */
 
 /* What a store keeps as one: K before rotation (after the norm of heads, where the model has one)
@@ -186,6 +191,8 @@ typedef struct ifkv_store {
     /* Keep an entry: `give` fills the store's own buffers, in ascending order of layers. */
     void (*save)(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn give,
                  void *give_arg);
+    /* Whether load is likely to give an entry, at little cost; for estimates.  NULL: it is not. */
+    bool (*has)(void *arg, const ifkv_store_entry *entry);
 } ifkv_store;
 
 /* ---- requests ---- */
@@ -228,12 +235,13 @@ typedef bool (*ifkv_stop_fn)(void *arg);
 
 typedef struct ifkv_prefill_options {
     size_t size;
-    const char *method;       /* NULL: "infoflow"; "none", "all", "random", "epic", "epic_budget",
-                                 "cacheblend", "full"; "ring" and "allgather" are their own
-                                 exchange */
-    const char *exchange;     /* NULL: "auto"; "query", "delta"; "kv", "local": not exact */
-    const char *ratio;        /* exact decimal in [0, 1], NULL: "0.15" */
-    const char *score;        /* NULL: "l2"; "l1", "mass", "l2h" */
+    const char *method;   /* NULL: "infoflow"; "auto": infoflow if it is estimated to be 3 % faster
+                             than exact prefill, else that ("full" on one rank, "ring"); "none",
+                             "all", "random", "epic", "epic_budget", "cacheblend", "full"; "ring"
+                             and "allgather" are their own exchange */
+    const char *exchange; /* NULL: "auto"; "query", "delta"; "kv", "local": not exact */
+    const char *ratio;    /* exact decimal in [0, 1], NULL: "0.15" */
+    const char *score;    /* NULL: "l2"; "l1", "mass", "l2h" */
     const char *score_rows;   /* NULL: "question"; "prompt" */
     const char *score_layers; /* NULL: "wide"; "published"; "22,23,24,25" */
     const char *placement; /* NULL: "auto"; "zigzag", "contiguous", "longest": changes time, never
@@ -272,9 +280,9 @@ typedef struct ifkv_prefill_options {
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */
 ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *options);
-/* Bytes of arena this rank needs for a request; validates request and options on the way.  Local,
- * the same checks on every rank.  Errors: USAGE, DATA; RESOURCE, with *bytes_p set, if weights and
- * arena exceed this rank's share of the machine's memory. */
+/* Bytes of arena this rank needs for a request, under "auto" with either method; validates request
+ * and options on the way.  Local, the same checks on every rank.  Errors: USAGE, DATA; RESOURCE,
+ * with *bytes_p set, if weights and arena exceed this rank's share of the machine's memory. */
 ifkv_status ifkv_engine_plan(const ifkv_engine *engine, const ifkv_request *request,
                              const ifkv_prefill_options *options, size_t *bytes_p);
 /* Grow the engine's arena to at least `bytes` (this rank's).  No session may be open.  Local. */
@@ -322,8 +330,11 @@ typedef struct ifkv_result {
     bool rode[IFKV_N_STAGE]; /* stages that rode: score in encode, prompt in recompute, which count
                                 their ms; their own is 0 */
     const char *scoring;     /* "exact" or "local"; "" if no attention was scored */
-    const int64_t *chunk_order; /* [n_chunk] the request's chunk that stands in each place; NULL
-                                   without reorder */
+    const char *auto_exact;  /* of method "auto": the exact method that was considered; else "" */
+    double auto_exact_ms, auto_infoflow_ms; /* estimates of first tokens, without decode */
+    const char *exchange_choice; /* one line on why exchange "auto" took the one it took; else "" */
+    const int64_t *chunk_order;  /* [n_chunk] the request's chunk that stands in each place; NULL
+                                    without reorder */
 } ifkv_result;
 
 /* The result so far, the same on every rank except first_logits; arrays borrowed from the session.

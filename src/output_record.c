@@ -75,6 +75,12 @@ static json_t *store_to_json(const ifkv_result *result) {
                      (json_int_t)result->store_tokens_hit, "hit_fraction", hit_fraction(result));
 }
 
+static json_t *auto_to_json(const ifkv_result *result) {
+    if (!result->auto_exact || !*result->auto_exact) return json_null();
+    return json_pack("{s:s, s:f, s:f}", "exact", result->auto_exact, "exact_ms",
+                     result->auto_exact_ms, "infoflow_ms", result->auto_infoflow_ms);
+}
+
 static void digest_to_hex(uint64_t digest, char hex[17]) {
     snprintf(hex, 17, "%016llx", (unsigned long long)digest);
 }
@@ -85,7 +91,7 @@ ifkv_status ifkv_output_result_line(const ifkv_request_item *item, const ifkv_re
     digest_to_hex(result->selected_digest, hex);
     json_t *root = json_pack(
         "{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:o, "
-        "s:o, s:{s:I, s:I, s:I}, s:o, s:o}",
+        "s:o, s:{s:I, s:I, s:I}, s:o, s:o, s:o}",
         "id", item->id, "answers", json_or_null(item->answers_json), "meta",
         json_or_null(item->meta_json), "answer_ids", ids_to_json(result->answer, result->n_answer),
         "finish", text_or_null(result->finish), "method", text_or_null(result->method), "exchange",
@@ -96,7 +102,7 @@ ifkv_status ifkv_output_result_line(const ifkv_request_item *item, const ifkv_re
         "selected_digest", hex, "ms", ms_to_json(result), "rode", rode_to_json(result), "bytes",
         bytes_to_json(result), "memory", "weights", (json_int_t)result->memory_weights, "planned",
         (json_int_t)result->memory_planned, "peak", (json_int_t)result->memory_peak, "store",
-        store_to_json(result), "chunk_order", order_to_json(result));
+        store_to_json(result), "chunk_order", order_to_json(result), "auto", auto_to_json(result));
     char *text = root ? json_dumps(root, JSON_COMPACT | JSON_REAL_PRECISION(MS_DIGITS)) : NULL;
     json_decref(root);
     char *line = text ? realloc(text, strlen(text) + 2) : NULL;
@@ -198,6 +204,13 @@ static ifkv_status write_store(ifkv_h5 *file, const ifkv_result *r) {
     return ifkv_h5_f64_write(file, "store_hit_fraction", hit_fraction(r));
 }
 
+static ifkv_status write_auto(ifkv_h5 *file, const ifkv_result *r) {
+    if (!r->auto_exact || !*r->auto_exact) return IFKV_OK;
+    IFKV_TRY(ifkv_h5_text_write(file, "auto_exact", r->auto_exact));
+    IFKV_TRY(ifkv_h5_f64_write(file, "auto_exact_ms", r->auto_exact_ms));
+    return ifkv_h5_f64_write(file, "auto_infoflow_ms", r->auto_infoflow_ms);
+}
+
 static ifkv_status write_arrays(ifkv_h5 *file, const ifkv_output_options *options,
                                 const ifkv_result *r) {
     IFKV_TRY(ifkv_h5_dataset_write(file, "/selected", IFKV_H5_I64, 1, &r->n_selected, r->selected));
@@ -225,6 +238,7 @@ static ifkv_status fill(void *arg, ifkv_h5 *file) {
     IFKV_TRY(write_texts(file, of->result));
     IFKV_TRY(write_numbers(file, of->result));
     IFKV_TRY(write_store(file, of->result));
+    IFKV_TRY(write_auto(file, of->result));
     return write_arrays(file, of->options, of->result);
 }
 

@@ -85,7 +85,7 @@ int64_t ifkv_placement_tail_rows(const ifkv_placement *placement, int rank, int6
  * rank) back and forth, the rest row by row, so that counts differ by at most one and every rank
  * spans the whole sequence. */
 int ifkv_deal_home(int64_t i, int64_t k, int size);
-/* Rows a rank gets of k. */
+/* Rows a rank gets of k; of fewer rows never more. */
 int64_t ifkv_deal_count(int64_t k, int size, int rank);
 
 /* Cut n rows into blocks of at most max_rows, as even as possible: a function of n alone.  Returns

@@ -149,6 +149,23 @@ static bool download_layer(void *arg, int layer, void *k, void *v) {
     return copy->status == IFKV_OK;
 }
 
+ifkv_status ifkv_reuse_probe(ifkv_session *session, bool *is_loaded) {
+    const ifkv_reuse *reuse = &session->reuse;
+    const ifkv_placement *placement = &session->placement;
+    memset(is_loaded, 0, (size_t)placement->n_chunk * sizeof *is_loaded);
+    if (!reuse->has_store || !reuse->store.has) return IFKV_OK;
+    describe(session);
+    for (int64_t i = 0; i < reuse->n_unit; i++) {
+        const ifkv_reuse_unit *unit = &reuse->unit[i];
+        ifkv_store_entry entry;
+        if (unit->index < placement->n_prefix) continue; /* the prefix, a few rows */
+        IFKV_TRY(make_entry(session, unit, &entry));
+        is_loaded[ifkv_placement_chunk_of(placement, unit->index)] =
+            reuse->store.has(reuse->store.arg, &entry);
+    }
+    return IFKV_OK;
+}
+
 static ifkv_status load_units(ifkv_session *session) {
     ifkv_reuse *reuse = &session->reuse;
     for (int64_t i = 0; i < reuse->n_unit; i++) {

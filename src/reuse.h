@@ -42,6 +42,9 @@ typedef struct ifkv_reuse {
 ifkv_status ifkv_reuse_plan(ifkv_session *session);
 /* Take what encode needs besides its pass. */
 void ifkv_reuse_layout(ifkv_session *session, ifkv_arena *arena);
+/* Which chunks [chunks of the placement] a store says it holds, of this rank's; others false.
+ * Local. */
+ifkv_status ifkv_reuse_probe(ifkv_session *session, bool *is_loaded);
 /* K and V of every context row of this rank into the shard, K unrotated.  Errors: the back end's,
  * RESOURCE; never the store's.  Local. */
 ifkv_status ifkv_reuse_encode(ifkv_session *session);

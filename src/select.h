@@ -141,7 +141,6 @@ extern const ifkv_select_ops ifkv_select_infoflow_ops, ifkv_select_none_ops, ifk
 
 /* Names of all methods as messages list them. */
 #define IFKV_METHOD_NAMES                                                                          \
-    "infoflow, none, all, random, epic, epic_budget, cacheblend, full, ring or "                   \
-    "allgather"
+    "infoflow, none, all, random, epic, epic_budget, cacheblend, full, ring, allgather or auto"
 
 #endif

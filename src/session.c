@@ -1,6 +1,7 @@
 /* Plan a session: validation, host arrays, arena layout.  See session.h. */
 #include "session.h"
 
+#include "cost.h"
 #include "digest.h"
 
 #include <math.h>
@@ -430,8 +431,8 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     ifkv_placement_kind kind;
     ifkv_select_input *layers;
     bool is_local, is_reordered;
-    IFKV_REQUIRE(!method || !strcmp(method, "full") || is_exact_method(method) ||
-                     ifkv_select_find(method),
+    IFKV_REQUIRE(!method || !strcmp(method, "full") || !strcmp(method, "auto") ||
+                     is_exact_method(method) || ifkv_select_find(method),
                  IFKV_ERR_USAGE, IFKV_E_VALUE, "method: got \"%s\", expected " IFKV_METHOD_NAMES,
                  ifkv_quote(method, strlen(method), shown));
     IFKV_REQUIRE(!exchange || !strcmp(exchange, "auto") ||
@@ -471,17 +472,48 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
 /* `auto` is `delta` if shard and full copy, each of all context rows, fit beside the weights into
  * half of the least share of memory, else `query`: a function of lengths and of what all ranks
  * know, so that they decide alike. */
-static const char *pick_exchange(const ifkv_session *session) {
-    if (session->is_exact) return session->method; /* its own exchange */
+static bool is_exchange_open(const ifkv_session *session) {
     const char *name = session->options.exchange ? session->options.exchange : default_exchange;
-    if (strcmp(name, "auto")) return name;
-    if (session->options.refit) return "delta"; /* the only one that keeps the whole context */
+    return !session->is_exact && !strcmp(name, "auto");
+}
+
+/* Memory of delta: weights, shard and full copy. */
+static double delta_bytes(const ifkv_session *session) {
     const ifkv_engine *engine = session->engine;
     const ifkv_config *config = &engine->model.config;
     const double row = 2.0 * config->n_layer * config->n_kv_head * config->d_head *
                        (double)ifkv_dtype_bytes(engine->backend->ops->dtype);
-    const double need = (double)engine->model.bytes + 2 * row * (double)session->n_context;
-    return need <= (double)engine->least_share / 2 ? "delta" : "query";
+    return (double)engine->model.bytes + 2 * row * (double)session->n_context;
+}
+
+static const char *pick_exchange(const ifkv_session *session) {
+    if (session->is_exact) return session->method; /* its own exchange */
+    const char *name = session->options.exchange ? session->options.exchange : default_exchange;
+    if (!is_exchange_open(session)) return name;
+    if (session->options.refit) return "delta"; /* the only one that keeps the whole context */
+    return delta_bytes(session) <= (double)session->engine->least_share / 2 ? "delta" : "query";
+}
+
+/* Estimated bytes of both, and what decides. */
+static void explain_exchange(ifkv_session *session) {
+    const ifkv_engine *engine = session->engine;
+    const ifkv_cost_model model = {&engine->model.config,
+                                   (double)ifkv_dtype_bytes(engine->backend->ops->dtype),
+                                   sizeof(float), sizeof(double), false};
+    if (!is_exchange_open(session) || !strcmp(session->method, "full") || session->refit.is_on)
+        return;
+    double mb[2] = {0};
+    static const ifkv_cost_way ways[] = {IFKV_COST_DELTA, IFKV_COST_QUERY};
+    for (int i = 0; i < 2; i++) {
+        const ifkv_cost_bytes bytes = ifkv_cost_exchange(&model, ways[i], engine->comm->size,
+                                                         session->n_context, session->n_selected);
+        mb[i] = 1e-6 * engine->model.config.n_layer * (bytes.shared + bytes.asked + bytes.fresh);
+    }
+    snprintf(session->exchange_choice, sizeof session->exchange_choice,
+             "%s: delta needs %.1f MB with the weights, half of a rank's memory is %.1f MB; a rank "
+             "receives about %.2f MB by delta, %.2f MB by query",
+             session->exchange_name, 1e-6 * delta_bytes(session),
+             1e-6 * (double)engine->least_share / 2, mb[0], mb[1]);
 }
 
 static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *request,
@@ -491,6 +523,8 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     IFKV_TRY(
         ifkv_struct_read(&session->options, sizeof session->options, options, "prefill_options"));
     session->method = session->options.method ? session->options.method : "infoflow";
+    IFKV_REQUIRE(strcmp(session->method, "auto"), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "method: got auto, expected one that a session can run");
     session->is_exact = is_exact_method(session->method);
     const char *rows = session->options.score_rows;
     if (rows && !strcmp(rows, "question")) session->options.score_rows = NULL;
@@ -563,7 +597,7 @@ ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *r
     ifkv_status status;
     ifkv_arena arena = {0};
     session->engine = (ifkv_engine *)engine;
-    session->scoring = "";
+    session->scoring = session->auto_exact = "";
     IFKV_TRY_GOTO(status, read_arguments(session, request, options), err_destroy);
     IFKV_TRY_GOTO(status, cut_chunks(session), err_destroy);
     IFKV_TRY_GOTO(status, place(session), err_destroy);
@@ -574,6 +608,7 @@ ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *r
                   err_destroy);
     IFKV_TRY_GOTO(status, plan_passes(session), err_destroy);
     IFKV_TRY_GOTO(status, digest_plan(session), err_destroy);
+    explain_exchange(session);
     ifkv_session_layout(session, &arena);
     if (arena.is_overflown) {
         status =

@@ -86,6 +86,9 @@ struct ifkv_session {
     int64_t n_answer;
     bool is_stopped;
 
+    const char *auto_exact; /* of method auto: what infoflow was compared with; else "" */
+    double auto_exact_ms, auto_infoflow_ms;
+    char exchange_choice[256]; /* why exchange auto took the one it took; else "" */
     double ms[IFKV_N_STAGE], ttft_ms;
     int64_t bytes[IFKV_N_STAGE];
     uint8_t *recomputed; /* [n_kept] */

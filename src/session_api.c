@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "auto.h"
 #include "log.h"
 #include "prefill.h"
 
@@ -15,8 +16,12 @@ ifkv_status ifkv_engine_plan(const ifkv_engine *engine, const ifkv_request *requ
                              const ifkv_prefill_options *options, size_t *bytes_p) {
     IFKV_REQUIRE(engine && bytes_p, IFKV_ERR_USAGE, IFKV_E_STRUCT, "engine_plan: got NULL");
     ifkv_session *session = NULL;
-    IFKV_TRY(ifkv_session_create(engine, request, options, &session, bytes_p));
-    ifkv_session_destroy(session);
+    if (ifkv_auto_is_asked(options)) {
+        IFKV_TRY(ifkv_auto_plan(engine, request, options, bytes_p));
+    } else {
+        IFKV_TRY(ifkv_session_create(engine, request, options, &session, bytes_p));
+        ifkv_session_destroy(session);
+    }
     return ifkv_engine_check_memory(engine, *bytes_p);
 }
 
@@ -102,10 +107,26 @@ ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
     /* outside the clock, as loading them is; an error shows again where the ranks agree */
     if (options && options->size >= sizeof *options && options->store) ifkv_engine_identify(engine);
     IFKV_TRY(check_stop(engine->comm, options));
+    const bool is_auto = ifkv_auto_is_asked(options);
+    ifkv_rates rates = {.size = sizeof rates};
+    ifkv_auto_choice choice = {0};
+    ifkv_prefill_options chosen;
+    IFKV_TRY(ifkv_comm_same(engine->comm, is_auto, "whether the method is auto"));
+    if (is_auto) IFKV_TRY(ifkv_engine_measure(engine, &rates));
     IFKV_TRY(ifkv_comm_barrier(engine->comm));
     const double begin = backend->ops->clock_ms(backend);
     engine->comm->bytes_received = 0;
+    if (is_auto) {
+        IFKV_TRY(ifkv_auto_choose(engine, request, options, &choice));
+        IFKV_TRY(ifkv_struct_read(&chosen, sizeof chosen, options, "prefill_options"));
+        chosen.size = sizeof chosen;
+        chosen.method = choice.method;
+        options = &chosen;
+    }
     IFKV_TRY(place(engine, request, options, &session));
+    session->auto_exact = is_auto ? choice.exact : "";
+    session->auto_exact_ms = choice.exact_ms;
+    session->auto_infoflow_ms = choice.infoflow_ms;
     ifkv_status status = distribute_ids(session);
     session->ms[IFKV_STAGE_PLACE] = backend->ops->clock_ms(backend) - begin;
     session->bytes[IFKV_STAGE_PLACE] = engine->comm->bytes_received;
@@ -200,6 +221,10 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .hp = *session->score_layers ? ifkv_geometry_hp_name(session->geometry) : "",
         .scoring = session->scoring,
         .chunk_order = session->reorder.order,
+        .auto_exact = session->auto_exact,
+        .auto_exact_ms = session->auto_exact_ms,
+        .auto_infoflow_ms = session->auto_infoflow_ms,
+        .exchange_choice = session->exchange_choice,
     };
     memcpy(result.rode, session->rides, sizeof result.rode);
     IFKV_TRY(reduce_result(session, &result));

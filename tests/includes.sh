@@ -38,7 +38,7 @@ level() {
     exchange.h | exchange_owned.h | exchange_kv_route.h) echo 4 ;;
     layer.h) echo 5 ;;
     select.h | refit.h | engine.h) echo 6 ;;
-    reorder.h | reuse.h | session.h | prefill.h | output*.h) echo 7 ;;
+    auto.h | reorder.h | reuse.h | session.h | prefill.h | output*.h) echo 7 ;;
     cli.h | *) echo 8 ;;
     esac
 }
@@ -47,6 +47,7 @@ own_header() {
     exchange_*.c) echo exchange.h ;;
     select_*.c) echo select.h ;;
     session_api.c) echo prefill.h ;;
+    measure.c) echo engine.h ;;
     comm_*.c) echo comm.h ;;
     request_*.c) echo request.h ;;
     safetensors_*.c) echo safetensors.h ;;

@@ -137,6 +137,35 @@ class Arguments(Tool):
             with self.subTest(method=method):
                 self.assert_answer(self.prefill([request()], "--reorder", "--method", method), 2, "reorder", method)
 
+    def test_auto_tells_rates_estimates_and_choice_and_runs_it(self):
+        for ranks, exact in [(1, "full"), (3, "ring")]:
+            with self.subTest(ranks=ranks):
+                args = ["--method", "auto", "--exchange", "auto", "--comm", "thread", "--ranks", str(ranks)]
+                done = self.prefill([request(chunks=[[5, 6, 7], [8, 9] * 40])], *args, "--overwrite")
+                self.assertEqual(done.returncode, 0, done.stderr)
+                lines = [line for line in done.stderr.decode().splitlines() if "warning" not in line]
+                result = self.results()[0]
+                choice = result["auto"]
+                self.assertEqual(choice["exact"], exact)
+                faster = choice["infoflow_ms"] <= 0.97 * choice["exact_ms"]
+                self.assertEqual(result["method"], "infoflow" if faster else exact)
+                self.assertIn("rates of a rank: matmul", lines[0])
+                self.assertEqual("us a message" in lines[0], ranks > 1)
+                self.assertIn(f"method auto: {result['method']}: estimates: {exact} ", lines[1])
+                self.assertEqual(len(lines), 3 if faster else 2)
+                if faster:
+                    self.assertIn("exchange auto: delta", lines[2])
+        quiet = self.prefill([request()], "--method", "auto", "--quiet", "--overwrite")
+        self.assertEqual((quiet.returncode, quiet.stderr), (0, b""))
+
+    def test_a_choice_of_exchange_is_told_where_it_was_asked_for(self):
+        told = self.prefill([request()], "--exchange", "auto")
+        self.assertIn("exchange auto: delta: delta needs", told.stderr.decode())
+        silent = self.prefill([request()], "--overwrite")
+        self.assertEqual(silent.returncode, 0)
+        self.assertNotIn(b"exchange auto", silent.stderr)
+        self.assertIsNone(self.results()[0]["auto"])
+
     def test_a_lent_prefix_goes_with_local_scoring(self):
         self.assert_answer(self.prefill([request()], "--local-sink"), 2, "local-sink")
 

@@ -1049,6 +1049,7 @@ static void i23_options_that_differ_stop_all(void **state) {
         ODD("method random", .method = "random"),
         ODD("method full", .method = "full"),
         ODD("method ring", .method = "ring"),
+        ODD("method auto", .method = "auto"),
         ODD("method cacheblend", .method = "cacheblend"),
         ODD("exchange", .exchange = "local"),
         ODD("exchange of auto", .exchange = "query"),

@@ -236,6 +236,18 @@ static int back_and_forth(int64_t turn, int size) {
     return seat < size ? seat : 2 * size - 1 - seat;
 }
 
+/* So what is planned for a bound holds what turns out to be less (reorder). */
+static void a_share_of_fewer_rows_is_never_larger(void **state) {
+    (void)state;
+    for (int size = 1; size <= 8; size++)
+        for (int r = 0; r < size; r++)
+            for (int64_t k = 1, last = 0; k < 256 * size + 200; k++) {
+                const int64_t n = ifkv_deal_count(k, size, r);
+                assert_true(n >= last);
+                last = n;
+            }
+}
+
 static void few_rows_are_dealt_one_by_one_back_and_forth(void **state) {
     (void)state;
     for (int size = 1; size <= 8; size++)
@@ -342,6 +354,7 @@ int main(void) {
         cmocka_unit_test(counts_add_up_and_owners_hold_their_chunks),
         cmocka_unit_test(tail_rows_go_round_in_blocks_of_256),
         cmocka_unit_test(dealt_counts_differ_by_at_most_one),
+        cmocka_unit_test(a_share_of_fewer_rows_is_never_larger),
         cmocka_unit_test(few_rows_are_dealt_one_by_one_back_and_forth),
         cmocka_unit_test(many_rows_are_dealt_in_units_of_64),
         cmocka_unit_test(even_blocks_are_even_and_cover),

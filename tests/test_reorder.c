@@ -62,7 +62,8 @@ static void save_nothing(void *arg, const ifkv_store_entry *entry, ifkv_store_la
                          void *give_arg) {
     (void)arg, (void)entry, (void)give, (void)give_arg;
 }
-static const ifkv_store no_store = {sizeof no_store, NULL, load_nothing, save_nothing};
+static const ifkv_store no_store = {
+    .size = sizeof no_store, .load = load_nothing, .save = save_nothing};
 static const ifkv_prefill_options stored = {.store = &no_store};
 
 static tiny_request permute(const tiny_request *from, const int64_t *order) {
