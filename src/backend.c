@@ -1,4 +1,5 @@
-/* Opening back ends by name, and the one conditional that says which were built.
+/* Opening back ends by name, the one conditional that says which were built, and the check of
+ * operands that they share.
  *
  * Owns the list of names.  Knows nothing of what a back end does. */
 #include "backend.h"
@@ -43,4 +44,19 @@ ifkv_status ifkv_backend_open(const char *name, int n_thread, ifkv_backend **bac
 
 void ifkv_backend_close(ifkv_backend *backend) {
     if (backend) backend->ops->close(backend);
+}
+
+ifkv_status ifkv_view_check(const char *op, const char *what, const ifkv_view *view,
+                            ifkv_dtype dtype, int64_t n_row, int64_t n_col) {
+    IFKV_REQUIRE(view->n_row == n_row && view->n_col == n_col && n_row >= 0 && n_col >= 0,
+                 IFKV_ERR_INTERNAL, IFKV_E_SHAPE, "%s: %s is [%lld, %lld], expected [%lld, %lld]",
+                 op, what, (long long)view->n_row, (long long)view->n_col, (long long)n_row,
+                 (long long)n_col);
+    IFKV_REQUIRE(view->dtype == dtype, IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                 "%s: %s has element type %d, expected %d", op, what, (int)view->dtype, (int)dtype);
+    IFKV_REQUIRE(view->stride >= n_col && (view->data || n_row == 0 || n_col == 0),
+                 IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                 "%s: %s has stride %lld for %lld columns, or no data", op, what,
+                 (long long)view->stride, (long long)n_col);
+    return IFKV_OK;
 }

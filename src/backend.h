@@ -135,6 +135,11 @@ struct ifkv_backend {
 ifkv_status ifkv_backend_open(const char *name, int n_thread, ifkv_backend **backend_p);
 void ifkv_backend_close(ifkv_backend *backend);
 
+/* For back ends: REQUIRE that a view is [n_row, n_col] of this type with a stride that fits;
+ * IFKV_ERR_INTERNAL with IFKV_E_SHAPE otherwise.  `op` and `what` are for the message. */
+ifkv_status ifkv_view_check(const char *op, const char *what, const ifkv_view *view,
+                            ifkv_dtype dtype, int64_t n_row, int64_t n_col);
+
 /* Implemented by src/cpu_backend.c; called by ifkv_backend_open only. */
 ifkv_status ifkv_cpu_backend_open(int n_thread, ifkv_backend **backend_p);
 

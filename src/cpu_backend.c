@@ -112,21 +112,6 @@ ifkv_status ifkv_cpu_backend_open(int n_thread, ifkv_backend **backend_p) {
     return IFKV_OK;
 }
 
-ifkv_status ifkv_cpu_check_view(const char *op, const char *what, const ifkv_view *view,
-                                ifkv_dtype dtype, int64_t n_row, int64_t n_col) {
-    IFKV_REQUIRE(view->n_row == n_row && view->n_col == n_col && n_row >= 0 && n_col >= 0,
-                 IFKV_ERR_INTERNAL, IFKV_E_SHAPE, "%s: %s is [%lld, %lld], expected [%lld, %lld]",
-                 op, what, (long long)view->n_row, (long long)view->n_col, (long long)n_row,
-                 (long long)n_col);
-    IFKV_REQUIRE(view->dtype == dtype, IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
-                 "%s: %s has element type %d, expected %d", op, what, (int)view->dtype, (int)dtype);
-    IFKV_REQUIRE(view->stride >= n_col && (view->data || n_row == 0 || n_col == 0),
-                 IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
-                 "%s: %s has stride %lld for %lld columns, or no data", op, what,
-                 (long long)view->stride, (long long)n_col);
-    return IFKV_OK;
-}
-
 ifkv_status ifkv_cpu_check_heads(const char *op, int n_head, int n_kv_head, int d_head) {
     IFKV_REQUIRE(n_head >= 1 && n_kv_head >= 1 && n_head % n_kv_head == 0, IFKV_ERR_INTERNAL,
                  IFKV_E_SHAPE, "%s: head count %d is not a multiple of kv heads %d", op, n_head,
