@@ -1,9 +1,10 @@
 /* Arithmetic and memory: the table every back end fills, and how to open one by name.
  *
  * The CPU back end is the readable definition of every operation; another back end is that
- * definition made fast.  Operations are asynchronous on the back end's stream and borrow their
- * arguments until the next sync; all pointers and views lie in back-end memory, index arrays and
- * spans included.  Shapes are in brackets, row-major, rows outermost; heads lie inside a row.
+ * definition made fast.  Operations are asynchronous on the back end's stream, in the order of the
+ * calls; all pointers and views lie in back-end memory, index arrays and spans included, and the
+ * host never reads or writes there.  Argument structs and host arrays are read before the call
+ * returns.  Shapes are in brackets, row-major, rows outermost; heads lie inside a row.
  * Activations, weights and K/V have the back end's dtype; log-sum-exps and scores are float32
  * (parts may be float64, see merge). On the CPU a row's bits never depend on the number of threads.
  */
@@ -84,6 +85,7 @@ typedef struct ifkv_backend_ops {
     /* Memory, 64-byte aligned at least; contents unspecified.  RESOURCE if there is none. */
     ifkv_status (*alloc)(ifkv_backend *backend, size_t bytes, void **data_p);
     void (*free)(ifkv_backend *backend, void *data);
+    /* upload has read from_host, download has written to_host, when they return. */
     ifkv_status (*upload)(ifkv_backend *backend, void *to, const void *from_host, size_t bytes);
     ifkv_status (*download)(ifkv_backend *backend, void *to_host, const void *from, size_t bytes);
     ifkv_status (*copy)(ifkv_backend *backend, void *to, const void *from, size_t bytes);
