@@ -308,6 +308,7 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t o
         p.workspace = (size_t)workspace;
         return status;
     }
+    case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK: return CUBLAS_STATUS_SUCCESS; /* no split */
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES: return set(&p.alignment[0], from, bytes);
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES: return set(&p.alignment[1], from, bytes);
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES: return set(&p.alignment[2], from, bytes);
@@ -323,7 +324,7 @@ struct chosen {
 };
 static constexpr uint64_t MAGIC = 0x656d756c61746564; /* "emulated" */
 
-/* One algorithm, whatever is asked; it takes up to 1 MiB of workspace. */
+/* Two candidates that do the same, whatever is asked; they take up to 1 MiB of workspace. */
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                               cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
@@ -340,12 +341,14 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     const preference &p = inside<preference>(preferred);
     chosen algo = {MAGIC, std::min(p.workspace, WORKSPACE), {}};
     memcpy(algo.alignment, p.alignment, sizeof algo.alignment);
-    *result = {};
-    inside<chosen>(&result->algo) = algo;
-    result->workspaceSize = (size_t)algo.workspace;
-    result->state = CUBLAS_STATUS_SUCCESS;
-    result->wavesCount = 1;
-    *n_result_p = 1;
+    for (int i = 0; i < max_result && i < 2; i++) {
+        result[i] = {};
+        inside<chosen>(&result[i].algo) = algo;
+        result[i].workspaceSize = (size_t)algo.workspace;
+        result[i].state = CUBLAS_STATUS_SUCCESS;
+        result[i].wavesCount = 1;
+        *n_result_p = i + 1;
+    }
     return CUBLAS_STATUS_SUCCESS;
 }
 
