@@ -129,12 +129,17 @@ typedef struct ifkv_backend_ops {
 struct ifkv_backend {
     const ifkv_backend_ops *ops;
     int n_thread;
+    char device[256];      /* what it computes on, for people: "cpu", "NVIDIA H100 80GB HBM3" */
+    uint64_t unit;         /* ranks that show the same number share one memory; 0: the node's */
+    uint64_t memory_bytes; /* of that memory, in all */
 };
 
-/* Open a back end by name: "auto" (the fastest that is built and has a device), "cpu", "cuda".  The
- * caller owns *backend_p and releases it with ifkv_backend_close.  Errors: USAGE if unknown,
- * UNSUPPORTED if not built, RESOURCE if there is no device. */
-ifkv_status ifkv_backend_open(const char *name, int n_thread, ifkv_backend **backend_p);
+/* Open a back end by name: "auto" (the fastest that is built and has a device), "cpu", "cuda".
+ * Where several devices are visible, node_rank picks one.  The caller owns *backend_p and releases
+ * it with ifkv_backend_close.  Errors: USAGE if unknown, UNSUPPORTED if not built, RESOURCE if
+ * there is no device. */
+ifkv_status ifkv_backend_open(const char *name, int n_thread, int node_rank,
+                              ifkv_backend **backend_p);
 void ifkv_backend_close(ifkv_backend *backend);
 
 /* For back ends: REQUIRE that a view is [n_row, n_col] of this type with a stride that fits;
@@ -142,8 +147,11 @@ void ifkv_backend_close(ifkv_backend *backend);
 ifkv_status ifkv_view_check(const char *op, const char *what, const ifkv_view *view,
                             ifkv_dtype dtype, int64_t n_row, int64_t n_col);
 
-/* Implemented by src/cpu_backend.c; called by ifkv_backend_open only. */
-ifkv_status ifkv_cpu_backend_open(int n_thread, ifkv_backend **backend_p);
+/* Implemented by src/cpu_backend.c and cuda/cuda_backend.c; called by ifkv_backend_open only. */
+ifkv_status ifkv_cpu_backend_open(int n_thread, int node_rank, ifkv_backend **backend_p);
+ifkv_status ifkv_cuda_backend_open(int n_thread, int node_rank, ifkv_backend **backend_p);
+/* True if a real device is visible, which `auto` then takes.  Reports nothing. */
+bool ifkv_cuda_backend_is_wanted(void);
 
 #ifdef __cplusplus
 }
