@@ -138,8 +138,9 @@ static ifkv_status cuda_prepare(ifkv_backend *backend, int n_head, int n_kv_head
     IFKV_REQUIRE(n_head >= 1 && n_kv_head >= 1 && n_head % n_kv_head == 0, IFKV_ERR_INTERNAL,
                  IFKV_E_SHAPE, "prepare: head count %d is not a multiple of kv heads %d", n_head,
                  n_kv_head);
-    IFKV_REQUIRE(d_head == 64 || d_head == 128, IFKV_ERR_UNSUPPORTED, IFKV_E_BACKEND,
-                 "back end cuda: got head width %d, expected 64 or 128", d_head);
+    IFKV_REQUIRE(d_head >= 16 && d_head <= 128 && d_head % 16 == 0, IFKV_ERR_UNSUPPORTED,
+                 IFKV_E_SHAPE,
+                 "back end cuda: got head width %d, expected a multiple of 16 up to 128", d_head);
     size_t bytes = ifkv_cuda_attention_bytes(&cuda->context, n_head, n_kv_head, d_head);
     if (bytes < LEAST_WORKSPACE) bytes = LEAST_WORKSPACE;
     if (bytes > cuda->context.workspace_bytes) {
