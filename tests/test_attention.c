@@ -675,7 +675,7 @@ static void operands_that_do_not_fit_are_refused(void **state) {
     assert_fails(ops->prepare(backend, 40, 6, 64), status, IFKV_E_SHAPE, "40 is not a multiple");
     assert_fails(ops->prepare(backend, 8, 8, 257), is_cpu() ? status : IFKV_ERR_UNSUPPORTED,
                  IFKV_E_SHAPE, "257");
-    problem p = problem_create(backend, (heads){9, 3, 64}, 2, 8);
+    problem p = problem_create_to(backend, IFKV_DTYPE_F32, (heads){9, 3, 64}, 2, 8);
     ifkv_attention_args args = args_of(&p);
     args.k.n_col = 128;
     assert_fails(ops->attention(backend, &args), status, IFKV_E_SHAPE, "k is [8, 128]");

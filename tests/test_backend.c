@@ -580,12 +580,12 @@ static void rows_outside_are_refused(void **state) {
 static void run_all(int n_thread, const gen_matrix *const in[4], gen_matrix out[4]) {
     ifkv_backend *backend = open_with(n_thread);
     const ifkv_backend_ops *ops = backend->ops;
-    ifkv_view angle = ifkv_view_block(&in[2]->view, 0, in[0]->view.n_row, 0, 64);
     assert_ok(ops->matmul(backend, &in[0]->view, &in[1]->view, false, &out[0].view));
     assert_ok(ops->rms_norm(backend, &in[0]->view, &in[3]->view, 1e-5, &out[1].view));
     assert_ok(ops->swiglu(backend, &out[0].view, &out[2].view));
     assert_ok(ops->gather(backend, &in[0]->view, NULL, &out[3].view));
-    assert_ok(ops->rope(backend, &out[3].view, (int)(in[0]->view.n_col / 64), NULL, 0, &angle));
+    assert_ok(
+        ops->rope(backend, &out[3].view, (int)(in[0]->view.n_col / 64), NULL, 0, &in[2]->view));
     assert_ok(ops->sync(backend));
     for (int i = 0; i < 4; i++) assert_true(gen_matrix_read(&out[i]));
     ifkv_backend_close(backend);
@@ -597,7 +597,7 @@ static void bits_ignore_thread_count(void **state) {
         const int64_t n = rows[s], n_in = 896, n_out = 1222;
         gen_matrix x = make(*state, n, n_in, 1, GEN_UNIFORM),
                    w = make(*state, n_out, n_in, 0, GEN_UNIFORM),
-                   angle = make(*state, n, n_in, 1, GEN_UNIFORM),
+                   angle = make_of(*state, IFKV_DTYPE_F32, n, 64, 1, GEN_UNIFORM),
                    weight = make(*state, 1, n_in, 0, GEN_UNIFORM);
         const gen_matrix *const in[4] = {&x, &w, &angle, &weight};
         gen_matrix out[3][4];
