@@ -19,7 +19,7 @@ static gen noise;
 
 static ifkv_backend *open_with(int n_thread) {
     ifkv_backend *backend = NULL;
-    assert_ok(ifkv_backend_open(backend_name, n_thread, &backend));
+    assert_ok(ifkv_backend_open(backend_name, n_thread, 0, &backend));
     return backend;
 }
 

@@ -16,7 +16,7 @@ static gen noise;
 
 static ifkv_backend *open_with(int n_thread) {
     ifkv_backend *backend = NULL;
-    assert_ok(ifkv_backend_open(backend_name, n_thread, &backend));
+    assert_ok(ifkv_backend_open(backend_name, n_thread, 0, &backend));
     return backend;
 }
 
@@ -45,15 +45,16 @@ static void assert_near(double got, double want, double tolerance, const char *w
 static void names_and_thread_counts_are_checked(void **state) {
     (void)state;
     ifkv_backend *backend = NULL;
-    assert_fails(ifkv_backend_open("gpu", 1, &backend), IFKV_ERR_USAGE, IFKV_E_BACKEND, "\"gpu\"");
-    assert_fails(ifkv_backend_open(NULL, 1, &backend), IFKV_ERR_USAGE, IFKV_E_BACKEND, "NULL");
-    assert_fails(ifkv_backend_open("cpu", 0, &backend), IFKV_ERR_USAGE, IFKV_E_VALUE, "got 0");
+    assert_fails(ifkv_backend_open("gpu", 1, 0, &backend), IFKV_ERR_USAGE, IFKV_E_BACKEND,
+                 "\"gpu\"");
+    assert_fails(ifkv_backend_open(NULL, 1, 0, &backend), IFKV_ERR_USAGE, IFKV_E_BACKEND, "NULL");
+    assert_fails(ifkv_backend_open("cpu", 0, 0, &backend), IFKV_ERR_USAGE, IFKV_E_VALUE, "got 0");
     assert_null(backend);
     ifkv_backend_close(NULL);
-    assert_ok(ifkv_backend_open("auto", 1, &backend));
+    assert_ok(ifkv_backend_open("auto", 1, 0, &backend));
     ifkv_backend_close(backend);
 #if !IFKV_HAVE_CUDA
-    assert_fails(ifkv_backend_open("cuda", 1, &backend), IFKV_ERR_UNSUPPORTED, IFKV_E_BACKEND,
+    assert_fails(ifkv_backend_open("cuda", 1, 0, &backend), IFKV_ERR_UNSUPPORTED, IFKV_E_BACKEND,
                  "without CUDA");
 #endif
 }
