@@ -65,20 +65,41 @@ const char *ifkv_comm_name(const ifkv_comm *comm) {
     return comm->ops->name;
 }
 
+ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p) {
+    *data_p = comm;
+    if (!backend->stream) return IFKV_OK;
+    IFKV_TRY(comm->ops->attach(comm, backend, data_p));
+    (*data_p)->control = comm;
+    return IFKV_OK;
+}
+
+void ifkv_comm_detach(ifkv_comm *data) {
+    if (data && data->control) data->ops->close(data);
+}
+
+/* Who carries host values. */
+static ifkv_comm *control_of(const ifkv_comm *comm) {
+    return comm->control ? comm->control : (ifkv_comm *)comm;
+}
+
+static void count(ifkv_comm *comm, size_t bytes) {
+    control_of(comm)->bytes_received += (int64_t)bytes;
+}
+
 int ifkv_comm_node_size(const ifkv_comm *comm) {
-    return comm->ops->node_size(comm);
+    return control_of(comm)->ops->node_size(control_of(comm));
 }
 
 int ifkv_comm_node_rank(const ifkv_comm *comm) {
-    return comm->ops->node_rank(comm);
+    return control_of(comm)->ops->node_rank(control_of(comm));
 }
 
 void ifkv_comm_abort(ifkv_comm *comm, ifkv_status status) {
-    comm->ops->abort(comm, status);
+    control_of(comm)->ops->abort(control_of(comm), status);
 }
 
 ifkv_status ifkv_comm_barrier(ifkv_comm *comm) {
-    return comm->ops->barrier(comm);
+    return control_of(comm)->ops->barrier(control_of(comm));
 }
 
 ifkv_status ifkv_comm_bcast(ifkv_comm *comm, void *data, size_t bytes, int root) {
@@ -87,7 +108,7 @@ ifkv_status ifkv_comm_bcast(ifkv_comm *comm, void *data, size_t bytes, int root)
     IFKV_REQUIRE(root >= 0 && root < comm->size, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "bcast: root: got %d, expected 0 to %d", root, comm->size - 1);
     IFKV_TRY(comm->ops->bcast(comm, data, bytes, root));
-    if (comm->rank != root) comm->bytes_received += (int64_t)bytes;
+    if (comm->rank != root) count(comm, bytes);
     return IFKV_OK;
 }
 
@@ -100,12 +121,13 @@ ifkv_status ifkv_comm_gather(ifkv_comm *comm, const void *send, size_t bytes, vo
                  IFKV_E_VALUE, "gather: %zu pieces of %zu bytes exceed the address space", size,
                  bytes);
     char *to = recv;
+    comm = control_of(comm);
     if (bytes) memmove(to + rank * bytes, send, bytes);
     /* One bcast a rank: slower than all_gather by a few latencies, but needs no arrays of counts,
      * whose allocation could fail on one rank while the others already wait. */
     for (size_t r = 0; r < size; r++) {
         IFKV_TRY(comm->ops->bcast(comm, bytes ? to + r * bytes : to, bytes, (int)r));
-        if (r != rank) comm->bytes_received += (int64_t)bytes;
+        if (r != rank) count(comm, bytes);
     }
     return IFKV_OK;
 }
@@ -114,7 +136,7 @@ ifkv_status ifkv_comm_all_gather(ifkv_comm *comm, const void *send, void *recv, 
                                  const size_t *offset) {
     IFKV_TRY(comm->ops->all_gather(comm, send, recv, bytes, offset));
     for (int r = 0; r < comm->size; r++)
-        if (r != comm->rank) comm->bytes_received += (int64_t)bytes[r];
+        if (r != comm->rank) count(comm, bytes[r]);
     return IFKV_OK;
 }
 
@@ -124,12 +146,12 @@ ifkv_status ifkv_comm_all_to_all(ifkv_comm *comm, const void *send, const size_t
     IFKV_TRY(
         comm->ops->all_to_all(comm, send, send_bytes, send_offset, recv, recv_bytes, recv_offset));
     for (int r = 0; r < comm->size; r++)
-        if (r != comm->rank) comm->bytes_received += (int64_t)recv_bytes[r];
+        if (r != comm->rank) count(comm, recv_bytes[r]);
     return IFKV_OK;
 }
 
 ifkv_status ifkv_comm_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op) {
-    return comm->ops->all_reduce_i64(comm, value, n, op);
+    return control_of(comm)->ops->all_reduce_i64(control_of(comm), value, n, op);
 }
 
 ifkv_status ifkv_comm_shift_begin(ifkv_comm *comm, const void *send, size_t send_bytes, int to,
@@ -159,14 +181,14 @@ ifkv_status ifkv_comm_shift_wait(ifkv_comm *comm) {
                  "shift: waited for, but none was begun");
     comm->is_shifting = false;
     IFKV_TRY(comm->ops->shift_wait(comm));
-    if (comm->shift.from != comm->rank) comm->bytes_received += (int64_t)comm->shift.recv_bytes;
+    if (comm->shift.from != comm->rank) count(comm, comm->shift.recv_bytes);
     return IFKV_OK;
 }
 
 ifkv_status ifkv_comm_same(ifkv_comm *comm, uint64_t value, const char *what) {
     /* The minimum of ~value is ~maximum: one reduction gives both ends. */
     int64_t ends[2] = {(int64_t)value, (int64_t)~value};
-    IFKV_TRY(comm->ops->all_reduce_i64(comm, ends, 2, IFKV_REDUCE_MIN));
+    IFKV_TRY(ifkv_comm_all_reduce_i64(comm, ends, 2, IFKV_REDUCE_MIN));
     const uint64_t low = (uint64_t)ends[0], high = ~(uint64_t)ends[1];
     if (low == high) return IFKV_OK;
     IFKV_FAIL(IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
@@ -210,6 +232,7 @@ static ifkv_status fail_as(const error_note *note) {
 
 ifkv_status ifkv_comm_agree(ifkv_comm *comm, ifkv_status status, int *rank_p) {
     IFKV_REQUIRE(comm, IFKV_ERR_USAGE, IFKV_E_VALUE, "agree: communicator NULL");
+    comm = control_of(comm);
     const error_note mine = note_of(comm, status);
     error_note first = mine;
     int64_t lowest = status == IFKV_OK ? comm->size : comm->rank;

@@ -109,7 +109,7 @@ ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_
     ifkv_engine *engine = calloc(1, sizeof *engine);
     ifkv_status status = IFKV_OK;
     if (engine) {
-        engine->comm = comm;
+        engine->comm = engine->data = comm;
         status = open_local(engine, &options);
     } else {
         status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "engine: out of host memory");
@@ -119,6 +119,8 @@ ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_
     IFKV_TRY_GOTO(status, ifkv_comm_same(comm, engine->model.fingerprint, "model fingerprint"),
                   err_close);
     IFKV_TRY_GOTO(status, share_memory(engine), err_close);
+    status = options.check_only ? IFKV_OK : ifkv_comm_attach(comm, engine->backend, &engine->data);
+    IFKV_TRY_GOTO(status, ifkv_comm_agree(comm, status, NULL), err_close);
     *engine_p = engine;
     return IFKV_OK;
 err_close:
@@ -130,6 +132,7 @@ void ifkv_engine_close(ifkv_engine *engine) {
     if (!engine) return;
     if (engine->has_session) ifkv_log(IFKV_LOG_WARN, "engine closed while a session is open");
     if (engine->arena) engine->backend->ops->free(engine->backend, engine->arena);
+    ifkv_comm_detach(engine->data);
     ifkv_model_fini(&engine->model);
     ifkv_backend_close(engine->backend);
     free(engine->frequency);
