@@ -4,8 +4,8 @@
  * Owns the count of received bytes, so that every communicator counts alike: payload of bcast,
  * all_gather, all_to_all, gather and shift that came from other ranks, counted when the call
  * succeeded.
- * Agreement and reductions are not payload.  Knows no MPI; whether that half was built is the one
- * conditional here.  Nothing below allocates. */
+ * Agreement and reductions are not payload.  Knows no MPI and no NCCL; whether those were built are
+ * the only conditionals here.  Nothing below allocates. */
 #include "comm.h"
 #include "tensor.h"
 
@@ -25,6 +25,24 @@ static ifkv_status no_mpi_open(ifkv_comm **comm_p) {
 #define MPI_OPEN no_mpi_open
 #endif
 
+#if IFKV_HAVE_NCCL
+#define NCCL_ATTACH ifkv_comm_nccl_attach
+#else
+static ifkv_status no_nccl_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p) {
+    (void)comm, (void)backend, (void)data_p;
+    return IFKV_FAIL(IFKV_ERR_UNSUPPORTED, IFKV_E_COMM,
+                     "communicator nccl: this ifkv was built without NCCL");
+}
+#define NCCL_ATTACH no_nccl_attach
+#endif
+
+/* Host memory moves by MPI, and back-end memory by NCCL. */
+static ifkv_status nccl_open(ifkv_comm **comm_p) {
+    IFKV_TRY(MPI_OPEN(comm_p));
+    (*comm_p)->is_nccl = true;
+    return IFKV_OK;
+}
+
 static ifkv_status thread_open(ifkv_comm **comm_p) {
     (void)comm_p;
     return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_COMM,
@@ -38,6 +56,7 @@ static const struct {
     {"self", ifkv_comm_self_open},
     {"thread", thread_open},
     {"mpi", MPI_OPEN},
+    {"nccl", nccl_open},
 };
 
 ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p) {
@@ -45,7 +64,8 @@ ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p) {
     for (size_t i = 0; i < sizeof communicators / sizeof *communicators; i++)
         if (!strcmp(name, communicators[i].name)) return communicators[i].open(comm_p);
     char quoted[IFKV_QUOTE_BYTES];
-    return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_COMM, "communicator: got \"%s\", expected self or mpi",
+    return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_COMM,
+                     "communicator: got \"%s\", expected self, mpi or nccl",
                      ifkv_quote(name, strlen(name), quoted));
 }
 
@@ -62,19 +82,38 @@ int ifkv_comm_size(const ifkv_comm *comm) {
 }
 
 const char *ifkv_comm_name(const ifkv_comm *comm) {
-    return comm->ops->name;
+    return comm->is_nccl ? "nccl" : comm->ops->name;
 }
 
 ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p) {
+    IFKV_REQUIRE(backend->stream || !comm->is_nccl, IFKV_ERR_USAGE, IFKV_E_CONFLICT,
+                 "communicator nccl: got back end %s, expected one that computes on GPUs",
+                 backend->ops->name);
     *data_p = comm;
     if (!backend->stream) return IFKV_OK;
-    IFKV_TRY(comm->ops->attach(comm, backend, data_p));
+    IFKV_TRY((comm->is_nccl ? NCCL_ATTACH : comm->ops->attach)(comm, backend, data_p));
     (*data_p)->control = comm;
     return IFKV_OK;
 }
 
 void ifkv_comm_detach(ifkv_comm *data) {
     if (data && data->control) data->ops->close(data);
+}
+
+ifkv_status ifkv_comm_alloc(ifkv_comm *data, ifkv_backend *backend, size_t bytes, void **data_p) {
+    if (data->ops->alloc) return data->ops->alloc(data, bytes, data_p);
+    return backend->ops->alloc(backend, bytes, data_p);
+}
+
+void ifkv_comm_free(ifkv_comm *data, ifkv_backend *backend, void *memory) {
+    if (data->ops->free)
+        data->ops->free(data, memory);
+    else
+        backend->ops->free(backend, memory);
+}
+
+void ifkv_comm_set_timeout(ifkv_comm *comm, double seconds) {
+    comm->timeout_s = seconds;
 }
 
 /* Who carries host values. */

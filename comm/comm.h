@@ -23,6 +23,8 @@
 extern "C" {
 #endif
 
+enum { IFKV_COMM_TIMEOUT_S = 300 };
+
 typedef enum ifkv_reduce { IFKV_REDUCE_MIN, IFKV_REDUCE_MAX, IFKV_REDUCE_SUM } ifkv_reduce;
 
 /* A shift: every rank sends one piece to a rank and receives one from a rank, the `to` of all ranks
@@ -55,6 +57,9 @@ typedef struct ifkv_comm_ops {
      * fit shows in wait. */
     ifkv_status (*shift_begin)(ifkv_comm *comm);
     ifkv_status (*shift_wait)(ifkv_comm *comm);
+    /* Memory that moves best, and its release; NULL: the back end's own.  Local. */
+    ifkv_status (*alloc)(ifkv_comm *comm, size_t bytes, void **data_p);
+    void (*free)(ifkv_comm *comm, void *data);
 
     ifkv_status (*barrier)(ifkv_comm *comm);
     ifkv_status (*all_reduce_i64)(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op);
@@ -75,6 +80,8 @@ struct ifkv_comm {
     bool is_shifting;
     ifkv_shift shift;   /* the one under way */
     ifkv_comm *control; /* borrowed: see above; NULL: buffers are host memory */
+    bool is_nccl;       /* back-end memory moves by NCCL, host memory by ops */
+    double timeout_s;   /* see ifkv_comm_set_timeout; 0: the default */
 };
 
 /* Open the communicator for the memory of a back end, which is borrowed until detach; comm itself
@@ -83,6 +90,9 @@ ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm *
 /* Close it, before the back end and comm.  NULL is accepted.  Collective, but returns without the
  * peers after a while. */
 void ifkv_comm_detach(ifkv_comm *data);
+/* Memory of an attached back end, released before detach.  Local. */
+ifkv_status ifkv_comm_alloc(ifkv_comm *data, ifkv_backend *backend, size_t bytes, void **data_p);
+void ifkv_comm_free(ifkv_comm *data, ifkv_backend *backend, void *memory);
 
 ifkv_status ifkv_comm_barrier(ifkv_comm *comm);
 ifkv_status ifkv_comm_all_gather(ifkv_comm *comm, const void *send, void *recv, const size_t *bytes,
@@ -107,6 +117,8 @@ int ifkv_comm_node_rank(const ifkv_comm *comm);
 /* Implemented by comm_self.c and comm_mpi.c; called by ifkv_comm_open only. */
 ifkv_status ifkv_comm_self_open(ifkv_comm **comm_p);
 ifkv_status ifkv_comm_mpi_open(ifkv_comm **comm_p);
+/* Implemented by comm_nccl.c, over any communicator; called by ifkv_comm_attach only. */
+ifkv_status ifkv_comm_nccl_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p);
 
 #ifdef __cplusplus
 }

@@ -131,7 +131,7 @@ err_close:
 void ifkv_engine_close(ifkv_engine *engine) {
     if (!engine) return;
     if (engine->has_session) ifkv_log(IFKV_LOG_WARN, "engine closed while a session is open");
-    if (engine->arena) engine->backend->ops->free(engine->backend, engine->arena);
+    if (engine->arena) ifkv_comm_free(engine->data, engine->backend, engine->arena);
     ifkv_comm_detach(engine->data);
     ifkv_model_fini(&engine->model);
     ifkv_backend_close(engine->backend);
@@ -189,10 +189,10 @@ ifkv_status ifkv_engine_reserve(ifkv_engine *engine, size_t bytes) {
                  "engine_reserve: a session is open");
     if (bytes <= engine->arena_bytes) return IFKV_OK;
     IFKV_TRY(ifkv_engine_check_memory(engine, bytes));
-    if (engine->arena) engine->backend->ops->free(engine->backend, engine->arena);
+    if (engine->arena) ifkv_comm_free(engine->data, engine->backend, engine->arena);
     engine->arena = NULL;
     engine->arena_bytes = 0;
-    IFKV_TRY(engine->backend->ops->alloc(engine->backend, bytes, &engine->arena));
+    IFKV_TRY(ifkv_comm_alloc(engine->data, engine->backend, bytes, &engine->arena));
     engine->arena_bytes = bytes;
     return IFKV_OK;
 }
