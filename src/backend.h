@@ -132,6 +132,14 @@ struct ifkv_backend {
     char device[256];      /* what it computes on, for people: "cpu", "NVIDIA H100 80GB HBM3" */
     uint64_t unit;         /* ranks that show the same number share one memory; 0: the node's */
     uint64_t memory_bytes; /* of that memory, in all */
+    /* The stream of the operations (a cudaStream_t), for communicators that move this memory; NULL:
+     * it is the host's memory, and operations are done when they return. */
+    void *stream;
+    /* Set by a communicator that puts work into the stream, borrowed: called before the host waits
+     * for it, and returns when that work is done or has failed. */
+    ifkv_status (*before_wait)(void *arg);
+    void *before_wait_arg;
+    bool is_lost; /* set by a communicator: the stream will never end, close must not wait for it */
 };
 
 /* Open a back end by name: "auto" (the fastest that is built and has a device), "cpu", "cuda".

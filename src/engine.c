@@ -109,7 +109,7 @@ ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_
     ifkv_engine *engine = calloc(1, sizeof *engine);
     ifkv_status status = IFKV_OK;
     if (engine) {
-        engine->comm = comm;
+        engine->comm = engine->data = comm;
         status = open_local(engine, &options);
     } else {
         status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "engine: out of host memory");
@@ -119,6 +119,8 @@ ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_
     IFKV_TRY_GOTO(status, ifkv_comm_same(comm, engine->model.fingerprint, "model fingerprint"),
                   err_close);
     IFKV_TRY_GOTO(status, share_memory(engine), err_close);
+    status = options.check_only ? IFKV_OK : ifkv_comm_attach(comm, engine->backend, &engine->data);
+    IFKV_TRY_GOTO(status, ifkv_comm_agree(comm, status, NULL), err_close);
     *engine_p = engine;
     return IFKV_OK;
 err_close:
@@ -129,7 +131,8 @@ err_close:
 void ifkv_engine_close(ifkv_engine *engine) {
     if (!engine) return;
     if (engine->has_session) ifkv_log(IFKV_LOG_WARN, "engine closed while a session is open");
-    if (engine->arena) engine->backend->ops->free(engine->backend, engine->arena);
+    if (engine->arena) ifkv_comm_free(engine->data, engine->backend, engine->arena);
+    ifkv_comm_detach(engine->data);
     ifkv_model_fini(&engine->model);
     ifkv_backend_close(engine->backend);
     free(engine->frequency);
@@ -186,10 +189,10 @@ ifkv_status ifkv_engine_reserve(ifkv_engine *engine, size_t bytes) {
                  "engine_reserve: a session is open");
     if (bytes <= engine->arena_bytes) return IFKV_OK;
     IFKV_TRY(ifkv_engine_check_memory(engine, bytes));
-    if (engine->arena) engine->backend->ops->free(engine->backend, engine->arena);
+    if (engine->arena) ifkv_comm_free(engine->data, engine->backend, engine->arena);
     engine->arena = NULL;
     engine->arena_bytes = 0;
-    IFKV_TRY(engine->backend->ops->alloc(engine->backend, bytes, &engine->arena));
+    IFKV_TRY(ifkv_comm_alloc(engine->data, engine->backend, bytes, &engine->arena));
     engine->arena_bytes = bytes;
     return IFKV_OK;
 }

@@ -9,6 +9,7 @@
 struct ifkv_engine {
     ifkv_comm *comm; /* borrowed */
     ifkv_backend *backend;
+    ifkv_comm *data; /* owned: the communicator for back-end memory, which may be comm itself */
     ifkv_model model;
     double *frequency; /* [d_head / 2] of rope.h */
     void *arena;       /* back-end memory */

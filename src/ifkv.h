@@ -74,11 +74,17 @@ void ifkv_log_set(ifkv_log_fn fn, void *arg, ifkv_log_level max_level);
 
 typedef struct ifkv_comm ifkv_comm;
 
-/* Open a communicator by name: "self" (one rank) or "mpi" (duplicates MPI_COMM_WORLD; the host has
- * called MPI_Init_thread). Collective.  The caller owns *comm_p.  Errors: UNSUPPORTED if that half
- * is not built, USAGE if the name is unknown. */
+/* Open a communicator by name: "self" (one rank), "mpi" (duplicates MPI_COMM_WORLD; the host has
+ * called MPI_Init_thread) or "nccl" (mpi, and NCCL for what is computed on GPUs).  Collective.  The
+ * caller owns *comm_p.  Errors: UNSUPPORTED if that half is not built, USAGE if the name is
+ * unknown. */
 ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p);
 void ifkv_comm_close(ifkv_comm *comm);
+
+/* How long NCCL may wait for the other ranks, their computation included, before the call that
+ * waits returns IFKV_ERR_PEER; 300 s unless set.  Before the engine is opened, the same on every
+ * rank. Local. */
+void ifkv_comm_set_timeout(ifkv_comm *comm, double seconds);
 
 typedef ifkv_status (*ifkv_rank_fn)(ifkv_comm *comm, void *arg);
 

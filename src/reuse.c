@@ -249,7 +249,7 @@ static ifkv_status begin_misses(ifkv_session *session) {
     reuse->ops.store = reuse_store;
     session->chunk_exchange.ops = &reuse->ops;
     session->chunk_exchange.backend = backend;
-    session->chunk_exchange.comm = session->engine->comm;
+    session->chunk_exchange.comm = session->engine->data;
     IFKV_TRY(backend->ops->upload(backend, session->span_begin, session->encode_stage, bytes));
     IFKV_TRY(backend->ops->upload(backend, session->span_end, session->encode_stage + n, bytes));
     IFKV_TRY(upload_no_angles(session));

@@ -57,7 +57,7 @@ static ifkv_status question_init(question_exchange *x, const ifkv_select_input *
     const ifkv_placement *placement = input->placement;
     const int rank = input->comm->rank, size = input->comm->size;
     x->base.backend = input->backend;
-    x->base.comm = input->comm;
+    x->base.comm = input->data;
     x->base.scale = 1.0f / sqrtf((float)input->model->config.d_head);
     x->base.shape.n_head = input->model->config.n_head;
     x->base.shape.n_kv_head = input->model->config.n_kv_head;

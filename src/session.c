@@ -253,6 +253,7 @@ static ifkv_status plan_selection(ifkv_session *session) {
     ifkv_select_input input = {
         .backend = engine->backend,
         .comm = engine->comm,
+        .data = engine->data,
         .model = &engine->model,
         .frequency = engine->frequency,
         .placement = &session->placement,
@@ -325,7 +326,7 @@ static ifkv_status plan_rows(ifkv_session *session, const char *exchange, int64_
         .max_shard = largest_shard(&session->placement),
         .placement = &session->placement,
     };
-    IFKV_TRY(ifkv_exchange_create(exchange, engine->backend, engine->comm, &session->cache, &shape,
+    IFKV_TRY(ifkv_exchange_create(exchange, engine->backend, engine->data, &session->cache, &shape,
                                   exchange_p));
     return pass ? ifkv_pass_init(pass, &engine->model, engine->frequency, max_home, 1) : IFKV_OK;
 }

@@ -133,7 +133,7 @@ static ifkv_status reduce_result(ifkv_session *session, ifkv_result *result) {
     const size_t peak = ifkv_resident_peak_bytes();
     const int64_t used =
         peak > engine->resident_before ? (int64_t)(peak - engine->resident_before) : 0;
-    const int n_shared = strcmp(engine->comm->ops->name, "thread") ? 1 : engine->comm->size;
+    const int n_shared = strcmp(ifkv_comm_name(engine->comm), "thread") ? 1 : engine->comm->size;
     value[2 * IFKV_N_STAGE] = engine->comm->rank == 0 ? (int64_t)(session->ttft_ms * 1e6) : 0;
     value[2 * IFKV_N_STAGE + 1] = (int64_t)(engine->model.bytes + engine->arena_bytes);
     value[2 * IFKV_N_STAGE + 2] = used / n_shared;
@@ -164,7 +164,7 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .method = session->method,
         .exchange = strcmp(session->method, "full") ? session->exchange_name : "none",
         .backend = engine->backend->ops->name,
-        .comm = engine->comm->ops->name,
+        .comm = ifkv_comm_name(engine->comm),
         .finish = session->is_stopped ? "stop" : "length",
         .n_rank = engine->comm->size,
         .n_context = session->n_context,

@@ -36,6 +36,7 @@ long emu_calls(const char *name);
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 
 namespace emu {
 
@@ -76,14 +77,22 @@ cudaError_t enter(const char *name, cudaError_t otherwise = cudaErrorUnknown);
 cudaError_t leave(cudaError_t error);
 /* Fail every call from now on, as after a fault in a kernel, and run no more stream work. */
 void break_device(cudaError_t error);
+bool is_broken();
 int current_device();
 
 /* --- streams --- */
-/* Put a step at the end of a stream, and return its place there: 1, 2, ...  The step is called,
- * with device memory closed, until it returns true. */
-uint64_t enqueue(cudaStream_t stream, std::function<bool()> step);
+/* A place in a stream, valid also when the stream is no more. */
+struct ticket {
+    std::shared_ptr<struct queue> queue;
+    uint64_t place = 0; /* 1, 2, ... */
+};
+/* Put a step at the end of a stream.  It is called, with device memory closed, until it returns
+ * true. */
+ticket enqueue(cudaStream_t stream, std::function<bool()> step);
+/* Let what comes to a stream from now on wait for a place in another. */
+void enqueue_after(cudaStream_t stream, const ticket &other);
 /* Run a stream up to a place.  False: something in it cannot go on yet. */
-bool drive(cudaStream_t stream, uint64_t place);
+bool drive(const ticket &to);
 bool is_late();
 /* Wait until everything on a device is done. */
 void wait_device(int device);

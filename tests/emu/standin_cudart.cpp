@@ -5,13 +5,12 @@
  * call and written before it returns, pinned memory when the stream comes to it, as on a device. */
 #include "standin.h"
 
+#include "emu_tensor_map.h"
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
-
-/* Of the execution model; absent where the stand-ins are linked without it. */
-extern "C" void emu_tensor_map_encode(void) __attribute__((weak));
 
 namespace {
 
@@ -237,7 +236,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult *status_p) {
     if (const cudaError_t error = emu::enter(__func__)) return error;
-    const bool is_known = !strcmp(symbol, "cuTensorMapEncodeTiled") && emu_tensor_map_encode;
+    const bool is_known = !strcmp(symbol, "cuTensorMapEncodeTiled");
     *function_p = is_known ? (void *)&emu_tensor_map_encode : nullptr;
     if (status_p)
         *status_p = is_known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;

@@ -61,7 +61,7 @@ void read_plans(state &s, const char *spec) {
 }
 
 state &all() {
-    static state s;
+    static state &s = *new state; /* threads may outlive static objects */
     static std::once_flag once;
     std::call_once(once, [] { read_plans(s, getenv("IFKV_EMU_FAIL")); });
     return s;

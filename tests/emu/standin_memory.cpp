@@ -39,7 +39,7 @@ struct book {
 };
 
 book &all() {
-    static book b;
+    static book &b = *new book; /* threads may outlive static objects */
     return b;
 }
 

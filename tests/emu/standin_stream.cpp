@@ -26,7 +26,9 @@ namespace {
 
 enum class timing { early, late, random };
 
-struct queue {
+} // namespace
+
+struct emu::queue {
     int device = 0;
     bool is_blocking = false; /* ordered with stream 0 */
     std::deque<std::function<bool()>> steps;
@@ -34,9 +36,9 @@ struct queue {
     bool is_running = false;
     unsigned n_query = 0;
 };
-using queue_ptr = std::shared_ptr<queue>;
 
-} // namespace
+using emu::queue;
+using queue_ptr = std::shared_ptr<queue>;
 
 struct CUstream_st {
     queue_ptr queue;
@@ -75,7 +77,7 @@ void read_time(state &s, const char *spec) {
 }
 
 state &all() {
-    static state s;
+    static state &s = *new state; /* threads may outlive static objects */
     static std::once_flag once;
     std::call_once(once, [] { read_time(s, getenv("IFKV_EMU_TIME")); });
     return s;
@@ -207,7 +209,7 @@ double now_ms() {
 
 /* ---- inside ---- */
 
-uint64_t emu::enqueue(cudaStream_t stream, std::function<bool()> step) {
+emu::ticket emu::enqueue(cudaStream_t stream, std::function<bool()> step) {
     state &s = all();
     std::unique_lock<std::mutex> lock(s.mutex);
     const queue_ptr q = queue_of(s, stream);
@@ -217,7 +219,7 @@ uint64_t emu::enqueue(cudaStream_t stream, std::function<bool()> step) {
         return step();
     });
     pass_by(lock, *q);
-    return place;
+    return {q, place};
 }
 
 void emu_enqueue(cudaStream_t stream, std::function<void()> work) {
@@ -233,10 +235,17 @@ void emu_enqueue(cudaStream_t stream, std::function<void()> work) {
     });
 }
 
-bool emu::drive(cudaStream_t stream, uint64_t place) {
+void emu::enqueue_after(cudaStream_t stream, const ticket &other) {
+    state &s = all();
+    std::unique_lock<std::mutex> lock(s.mutex);
+    const queue_ptr q = queue_of(s, stream);
+    push(*q, step_after(other.queue, other.place));
+    pass_by(lock, *q);
+}
+
+bool emu::drive(const ticket &to) {
     std::unique_lock<std::mutex> lock(all().mutex);
-    const queue_ptr q = queue_of(all(), stream);
-    return run_to(lock, *q, place);
+    return run_to(lock, *to.queue, to.place);
 }
 
 bool emu::is_late() {
@@ -248,6 +257,10 @@ void emu::break_device(cudaError_t error) {
     const std::lock_guard<std::mutex> lock(all().mutex);
     if (all().broken == cudaSuccess) all().broken = error;
     all().moved.notify_all();
+}
+
+bool emu::is_broken() {
+    return all().broken != cudaSuccess;
 }
 
 int emu::current_device() {

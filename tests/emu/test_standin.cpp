@@ -1,9 +1,7 @@
 /* The stand-ins for cudart and cuBLASLt: that they do what the real ones do, and that what they are
  * there to find is found: a missing wait, an overrun, host code that touches device memory.  What
  * ends the process is planted in a child, whose words are read. */
-extern "C" {
-#include "test.h"
-}
+#include "test_standin.h"
 
 #include "emu_stream.h"
 #include "standin.h"
@@ -14,38 +12,10 @@ extern "C" {
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include <sys/wait.h>
 #include <unistd.h>
 #include <vector>
 
 static const char *const times[] = {"early", "late", "random:1", "random:2", "random:3"};
-
-/* Run `body` in a child and return what it wrote to stderr; *signal_p is what ended it, or 0. */
-template <typename F> static std::string in_child(F body, int *signal_p) {
-    int ends[2], status = 0;
-    if (pipe(ends)) abort();
-    fflush(nullptr);
-    const pid_t pid = fork();
-    if (pid == 0) {
-        dup2(ends[1], 2);
-        signal(SIGABRT, SIG_DFL); /* cmocka's handlers would go on with the next test */
-        signal(SIGSEGV, SIG_DFL);
-        body();
-        _exit(0);
-    }
-    close(ends[1]);
-    std::string said;
-    char text[512];
-    for (ssize_t n; (n = read(ends[0], text, sizeof text)) > 0;) said.append(text, (size_t)n);
-    close(ends[0]);
-    waitpid(pid, &status, 0);
-    *signal_p = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
-    return said;
-}
-
-static void assert_says(const std::string &said, const char *words) {
-    if (said.find(words) == std::string::npos) fail_msg("got '%s', want '%s'", said.c_str(), words);
-}
 
 template <typename T> static T *device(size_t n) {
     void *address = nullptr;
