@@ -17,7 +17,7 @@ foreign() {
 }
 foreign 'mpi\.h' 'comm/comm_mpi\.c|comm/mpi_check\.h|src/cli\.c|bench/[a-z_]*\.c|tests/[a-z_]*\.c'
 foreign 'nccl\.h' 'comm/comm_nccl\.c|comm/nccl_check\.h'
-foreign 'cuda_runtime[a-z_]*\.h' 'cuda/.*|comm/comm_nccl\.c|bench/bench\.c'
+foreign 'cuda_runtime[a-z_]*\.h' 'cuda/.*|comm/comm_nccl\.c|bench/bench\.c|tests/emu/.*'
 foreign 'cublas[A-Za-z_]*\.h' 'cuda/cuda_backend\.c|cuda/cuda_matmul\.c|cuda/cuda_check\.h'
 foreign 'hdf5\.h' 'src/h5_file\.h|tests/file_fixture\.c' # h5_file.h is private to h5.c and h5_read.c
 foreign 'cblas\.h' 'src/cpu_matmul\.[ch]'
