@@ -69,6 +69,10 @@ int ifkv_comm_node_size(const ifkv_comm *comm) {
     return comm->ops->node_size(comm);
 }
 
+int ifkv_comm_node_rank(const ifkv_comm *comm) {
+    return comm->ops->node_rank(comm);
+}
+
 void ifkv_comm_abort(ifkv_comm *comm, ifkv_status status) {
     comm->ops->abort(comm, status);
 }

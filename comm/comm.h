@@ -49,8 +49,9 @@ typedef struct ifkv_comm_ops {
     ifkv_status (*shift_wait)(ifkv_comm *comm);
     /* Local: tell the peers that this rank will not come to the next collective. */
     void (*abort)(ifkv_comm *comm, ifkv_status status);
-    /* Local: ranks on this node, this one included. */
+    /* Local: ranks on this node, this one included, and its place among them. */
     int (*node_size)(const ifkv_comm *comm);
+    int (*node_rank)(const ifkv_comm *comm);
 } ifkv_comm_ops;
 
 struct ifkv_comm {
@@ -80,6 +81,7 @@ ifkv_status ifkv_comm_shift_wait(ifkv_comm *comm);
 ifkv_status ifkv_comm_same(ifkv_comm *comm, uint64_t value, const char *what);
 void ifkv_comm_abort(ifkv_comm *comm, ifkv_status status);
 int ifkv_comm_node_size(const ifkv_comm *comm);
+int ifkv_comm_node_rank(const ifkv_comm *comm);
 
 /* Implemented by comm_self.c and comm_mpi.c; called by ifkv_comm_open only. */
 ifkv_status ifkv_comm_self_open(ifkv_comm **comm_p);

@@ -24,7 +24,7 @@ typedef struct mpi_comm {
     ifkv_comm base;
     MPI_Comm mpi; /* owned */
     size_t max_message;
-    int node_size;
+    int node_size, node_rank;
     bool is_broken;
     MPI_Request *requests;          /* [2 size] owned; receives at 2r, sends at 2r + 1 */
     MPI_Request receiving, sending; /* of a shift */
@@ -273,6 +273,10 @@ static int mpi_node_size(const ifkv_comm *comm) {
     return ((const mpi_comm *)comm)->node_size;
 }
 
+static int mpi_node_rank(const ifkv_comm *comm) {
+    return ((const mpi_comm *)comm)->node_rank;
+}
+
 static const ifkv_comm_ops mpi_ops = {
     .name = "mpi",
     .close = mpi_close,
@@ -285,6 +289,7 @@ static const ifkv_comm_ops mpi_ops = {
     .shift_wait = mpi_shift_wait,
     .abort = mpi_abort,
     .node_size = mpi_node_size,
+    .node_rank = mpi_node_rank,
 };
 
 /* A variable's value as a count; -1 if it is not set or no number. */
@@ -339,10 +344,12 @@ static ifkv_status check_host(void) {
     return ifkv_mpi_check_launch(world_size);
 }
 
-static ifkv_status count_node(MPI_Comm mpi, int *n_p) {
+static ifkv_status look_at_node(mpi_comm *self) {
     MPI_Comm node = MPI_COMM_NULL;
-    IFKV_TRY(IFKV_MPI(MPI_Comm_split_type(mpi, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node)));
-    IFKV_TRY(IFKV_MPI(MPI_Comm_size(node, n_p)));
+    IFKV_TRY(
+        IFKV_MPI(MPI_Comm_split_type(self->mpi, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node)));
+    IFKV_TRY(IFKV_MPI(MPI_Comm_size(node, &self->node_size)));
+    IFKV_TRY(IFKV_MPI(MPI_Comm_rank(node, &self->node_rank)));
     return IFKV_MPI(MPI_Comm_free(&node));
 }
 
@@ -363,7 +370,7 @@ static ifkv_status describe(mpi_comm *self, MPI_Comm mpi, size_t max_message) {
     self->max_message = max_message;
     IFKV_TRY(IFKV_MPI(MPI_Comm_rank(mpi, &self->base.rank)));
     IFKV_TRY(IFKV_MPI(MPI_Comm_size(mpi, &self->base.size)));
-    return count_node(mpi, &self->node_size);
+    return look_at_node(self);
 }
 
 /* Memory is asked for behind the duplication, and the answer shared: it can fail on one rank alone,

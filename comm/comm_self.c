@@ -83,6 +83,11 @@ static int self_node_size(const ifkv_comm *comm) {
     return 1;
 }
 
+static int self_node_rank(const ifkv_comm *comm) {
+    (void)comm;
+    return 0;
+}
+
 static const ifkv_comm_ops self_ops = {
     .name = "self",
     .close = self_close,
@@ -95,6 +100,7 @@ static const ifkv_comm_ops self_ops = {
     .shift_wait = self_shift_wait,
     .abort = self_abort,
     .node_size = self_node_size,
+    .node_rank = self_node_rank,
 };
 
 ifkv_status ifkv_comm_self_open(ifkv_comm **comm_p) {

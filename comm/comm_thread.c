@@ -336,6 +336,10 @@ static int thread_node_size(const ifkv_comm *comm) {
     return comm->size;
 }
 
+static int thread_node_rank(const ifkv_comm *comm) {
+    return comm->rank;
+}
+
 static const ifkv_comm_ops thread_ops = {
     .name = "thread",
     .close = thread_close,
@@ -348,6 +352,7 @@ static const ifkv_comm_ops thread_ops = {
     .shift_wait = thread_shift_wait,
     .abort = thread_abort,
     .node_size = thread_node_size,
+    .node_rank = thread_node_rank,
 };
 
 /* Keep a rank's error past the end of its thread, whose last error dies with it. */

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 enum {
     LINE_BYTES = 64,
@@ -102,12 +103,15 @@ static const ifkv_backend_ops cpu_ops = {
     .top_k = ifkv_cpu_top_k,
 };
 
-ifkv_status ifkv_cpu_backend_open(int n_thread, ifkv_backend **backend_p) {
+ifkv_status ifkv_cpu_backend_open(int n_thread, int node_rank, ifkv_backend **backend_p) {
+    (void)node_rank;
     cpu_backend *cpu = calloc(1, sizeof *cpu);
     IFKV_REQUIRE(cpu, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "back end cpu: out of host memory");
     ifkv_cpu_blas_init();
     cpu->base.ops = &cpu_ops;
     cpu->base.n_thread = n_thread;
+    strcpy(cpu->base.device, "cpu");
+    cpu->base.memory_bytes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
     *backend_p = &cpu->base;
     return IFKV_OK;
 }

@@ -46,10 +46,23 @@ size_t ifkv_resident_peak_bytes(void) {
     return getrusage(RUSAGE_SELF, &usage) == 0 ? (size_t)usage.ru_maxrss * 1024 : 0;
 }
 
-/* Bytes of this machine's memory for each of its ranks. */
-static uint64_t memory_share(const ifkv_comm *comm) {
-    const uint64_t machine = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    return machine / (uint64_t)ifkv_comm_node_size(comm);
+/* Bytes for each of the ranks that share a memory. */
+static uint64_t memory_share(const ifkv_engine *engine) {
+    return engine->backend->memory_bytes / (uint64_t)engine->n_sharing;
+}
+
+/* Count who shares the memory of this rank's back end, and learn the least share.  Collective. */
+static ifkv_status share_memory(ifkv_engine *engine) {
+    ifkv_comm *comm = engine->comm;
+    const uint64_t mine = engine->backend->unit;
+    engine->n_sharing = ifkv_comm_node_size(comm);
+    IFKV_TRY(ifkv_comm_gather(comm, &mine, sizeof mine, engine->unit));
+    if (mine) engine->n_sharing = 0;
+    for (int r = 0; r < comm->size && mine; r++) engine->n_sharing += engine->unit[r] == mine;
+    int64_t share = (int64_t)memory_share(engine);
+    IFKV_TRY(ifkv_comm_all_reduce_i64(comm, &share, 1, IFKV_REDUCE_MIN));
+    engine->least_share = (uint64_t)share;
+    return IFKV_OK;
 }
 
 static int default_threads(const ifkv_comm *comm) {
@@ -70,7 +83,9 @@ static ifkv_status open_local(ifkv_engine *engine, const ifkv_engine_options *op
                  "threads: got %d, expected 0 to 4096", options->n_thread);
     const int n_thread = options->n_thread ? options->n_thread : default_threads(engine->comm);
     IFKV_TRY(ifkv_backend_open(options->backend ? options->backend : "auto", n_thread,
-                               &engine->backend));
+                               ifkv_comm_node_rank(engine->comm), &engine->backend));
+    engine->unit = malloc((size_t)engine->comm->size * sizeof *engine->unit);
+    IFKV_REQUIRE(engine->unit, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "engine: out of host memory");
     engine->resident_before = ifkv_resident_bytes();
     if (options->check_only) {
         IFKV_TRY(ifkv_model_check(options->model_dir, &model, engine->backend->ops->dtype,
@@ -103,9 +118,7 @@ ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_
     /* nodes can see different files: a stale mount, a half-copied directory */
     IFKV_TRY_GOTO(status, ifkv_comm_same(comm, engine->model.fingerprint, "model fingerprint"),
                   err_close);
-    int64_t share = (int64_t)memory_share(comm);
-    IFKV_TRY_GOTO(status, ifkv_comm_all_reduce_i64(comm, &share, 1, IFKV_REDUCE_MIN), err_close);
-    engine->least_share = (uint64_t)share;
+    IFKV_TRY_GOTO(status, share_memory(engine), err_close);
     *engine_p = engine;
     return IFKV_OK;
 err_close:
@@ -120,6 +133,7 @@ void ifkv_engine_close(ifkv_engine *engine) {
     ifkv_model_fini(&engine->model);
     ifkv_backend_close(engine->backend);
     free(engine->frequency);
+    free(engine->unit);
     free(engine);
 }
 
@@ -156,12 +170,12 @@ ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *caller_
 
 ifkv_status ifkv_engine_check_memory(const ifkv_engine *engine, size_t arena_bytes) {
     /* alloc may promise more than there is; a kill in mid-run would be the only message then */
-    const uint64_t share = memory_share(engine->comm);
+    const uint64_t share = memory_share(engine);
     IFKV_REQUIRE(
         arena_bytes <= share && engine->model.bytes <= share - arena_bytes, IFKV_ERR_RESOURCE,
         IFKV_E_MEMORY,
         "memory of a rank: got %.1f MB weights + %.1f MB for the request, expected at most "
-        "%.1f MB, its share of the machine",
+        "%.1f MB, its share of the memory",
         (double)engine->model.bytes / 1e6, (double)arena_bytes / 1e6, (double)share / 1e6);
     return IFKV_OK;
 }

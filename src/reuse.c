@@ -131,8 +131,6 @@ static bool upload_layer(void *arg, int layer, void *k, void *v) {
     copy->status = backend->ops->upload(backend, k_rows.data, k, layer_bytes(copy));
     if (copy->status == IFKV_OK)
         copy->status = backend->ops->upload(backend, v_rows.data, v, layer_bytes(copy));
-    /* the store's buffers are its own again */
-    if (copy->status == IFKV_OK) copy->status = backend->ops->sync(backend);
     return copy->status == IFKV_OK;
 }
 
@@ -144,7 +142,6 @@ static bool download_layer(void *arg, int layer, void *k, void *v) {
     copy->status = backend->ops->download(backend, k, k_rows.data, layer_bytes(copy));
     if (copy->status == IFKV_OK)
         copy->status = backend->ops->download(backend, v, v_rows.data, layer_bytes(copy));
-    if (copy->status == IFKV_OK) copy->status = backend->ops->sync(backend);
     return copy->status == IFKV_OK;
 }
 
@@ -240,7 +237,7 @@ static ifkv_status upload_no_angles(ifkv_session *session) {
     IFKV_TRY(backend->ops->upload(backend, to->data, table,
                                   (size_t)(to->n_row * to->n_col) * sizeof *table));
     session->encode.k_angles = *to;
-    return backend->ops->sync(backend); /* the pass uses the same host memory */
+    return IFKV_OK;
 }
 
 static ifkv_status begin_misses(ifkv_session *session) {
@@ -281,8 +278,7 @@ static ifkv_status rotate_shard(ifkv_session *session) {
     const ifkv_config *config = &session->engine->model.config;
     const ifkv_view *angles = &session->reuse.shard_angles;
     const int64_t n = session->n_kept;
-    float *table = session->encode.stage;  /* of n_encoded rows at least */
-    IFKV_TRY(backend->ops->sync(backend)); /* the pass used the same host memory */
+    float *table = session->encode.stage; /* of n_encoded rows at least */
     ifkv_rope_table(session->engine->frequency, config->d_head, n, session->position, table);
     IFKV_TRY(backend->ops->upload(backend, angles->data, table,
                                   (size_t)(n * config->d_head) * sizeof *table));

@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "convert.h"
 #include "log.h"
 #include "prefill.h"
 
@@ -204,16 +205,32 @@ ifkv_status ifkv_session_kv_rows(const ifkv_session *session, ifkv_kv_rows *call
     return ifkv_struct_write(caller_rows, &rows, sizeof rows, "kv_rows");
 }
 
+/* Rows of a matrix in back-end memory as float32 in host memory. */
+static ifkv_status read_rows(ifkv_backend *backend, const ifkv_view *from, float *to) {
+    const int64_t n = from->n_row * from->n_col;
+    const size_t bytes = (size_t)n * ifkv_dtype_bytes(from->dtype);
+    if (from->dtype == IFKV_DTYPE_F32)
+        return backend->ops->download(backend, to, from->data, bytes);
+    void *stored = malloc(bytes + 1);
+    IFKV_REQUIRE(stored, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session_kv_read: out of host memory");
+    const ifkv_status status = backend->ops->download(backend, stored, from->data, bytes);
+    if (status == IFKV_OK) ifkv_convert(from->dtype, stored, IFKV_DTYPE_F32, to, n);
+    free(stored);
+    return status;
+}
+
 ifkv_status ifkv_session_kv_read(const ifkv_session *session, int layer, float *k, float *v) {
     IFKV_REQUIRE(session && layer >= 0 && layer < session->cache.n_layer, IFKV_ERR_USAGE,
                  IFKV_E_VALUE, "session_kv_read: got layer %d", layer);
     IFKV_REQUIRE((k && v) || session->n_kept == 0, IFKV_ERR_USAGE, IFKV_E_STRUCT,
                  "session_kv_read: got NULL for %lld rows", (long long)session->n_kept);
     ifkv_backend *backend = session->engine->backend;
-    const size_t bytes = (size_t)(session->n_kept * session->cache.n_col) * sizeof(float);
-    IFKV_TRY(
-        backend->ops->download(backend, k, ifkv_kvcache_k(&session->cache, layer).data, bytes));
-    return backend->ops->download(backend, v, ifkv_kvcache_v(&session->cache, layer).data, bytes);
+    const ifkv_view k_all = ifkv_kvcache_k(&session->cache, layer),
+                    v_all = ifkv_kvcache_v(&session->cache, layer);
+    const ifkv_view k_kept = ifkv_view_rows(&k_all, 0, session->n_kept),
+                    v_kept = ifkv_view_rows(&v_all, 0, session->n_kept);
+    IFKV_TRY(read_rows(backend, &k_kept, k));
+    return read_rows(backend, &v_kept, v);
 }
 
 /* Send every rank's rows of one matrix to rank 0, which puts its chunks where they belong. */

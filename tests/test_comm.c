@@ -487,6 +487,7 @@ static ifkv_status describe_body(ifkv_comm *comm, void *arg) {
     IFKV_TRY(agree_true(comm, ranks == size * (size - 1) / 2));
     /* the tests run on one node */
     return agree_true(comm, ifkv_comm_node_size(comm) == ifkv_comm_size(comm) &&
+                                ifkv_comm_node_rank(comm) == ifkv_comm_rank(comm) &&
                                 ifkv_comm_name(comm) != NULL);
 }
 
