@@ -199,18 +199,19 @@ static void leave(emu_thread *self) {
     self->state = EMU_DONE;
     block->n_done++;
     emu_progress(block);
-    if (block->n_done == block->n_thread) {
-        emu_fiber_switch(&self->fiber, &block->native, true);
-        abort();
-    }
-    run_next(self, true);
+    if (block->n_done < block->n_thread) run_next(self, true);
 }
 
 static void thread_main() {
     emu_thread *self = emu_self();
     emu_fiber_begin(&self->block->native);
-    self->block->grid->thread();
-    leave(self);
+    try {
+        self->block->grid->thread();
+        leave(self);
+    } catch (const emu_abandoned &) {
+    }
+    emu_fiber_switch(&self->fiber, &self->block->native, true);
+    abort(); // nobody resumes a thread that has ended
 }
 
 static void set_up_memory(emu_block *block) {
