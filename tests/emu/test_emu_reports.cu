@@ -63,15 +63,14 @@ __global__ void exchange_kernel(Arguments args) {
 enum { NEXT_LANE = 1, LAST_LANE };
 __global__ void lanes_kernel(Arguments args) {
     Memory &memory = ifkv_shared<Memory>();
-    memory.values[me()] = me();
+    const int next = me() < 31 ? me() + 1 : me(), last = me() > 0 ? me() - 1 : me();
+    memory.values[me()] = 100 + me();
     if (args.bug == 0) __syncwarp();
-    args.out[me()] = static_cast<float>(
-        memory.values[args.bug == LAST_LANE ? (me() + 31) % 32 : (me() + 1) % 32]);
-    if (args.bug == 0)
-        args.out[me()] = 0;
-    else
-        args.out[me()] -=
-            static_cast<float>(args.bug == LAST_LANE ? (me() + 31) % 32 : (me() + 1) % 32);
+    args.out[me()] = static_cast<float>(args.bug == LAST_LANE ? 0 : memory.values[next] - next);
+    args.out[32 + me()] =
+        static_cast<float>(args.bug == NEXT_LANE ? 0 : memory.values[last] - last);
+    if (args.bug == LAST_LANE) args.out[me()] = 100;
+    if (args.bug == NEXT_LANE) args.out[32 + me()] = 100;
 }
 
 enum {
@@ -123,35 +122,45 @@ __global__ void collective_kernel(Arguments args) {
 
 // ---- cp.async and memory nobody wrote
 
+enum { NO_COPY = 1, NO_WAIT, NO_WAIT_OLD };
+__global__ void plain_kernel(Arguments args) {
+    Memory &memory = ifkv_shared<Memory>();
+    const int i = me();
+    if (args.bug == NO_WAIT_OLD) fill_ones(memory.a); // the very values that are to come
+    __syncthreads();
+    if (args.bug != NO_COPY) ptx_cp_async_16(memory.a + i * 16, args.global + i * 16);
+    ptx_cp_async_commit();
+    if (args.bug == 0) ptx_cp_async_wait<0>();
+    __syncthreads();
+    args.out[i] = bf16_to_float(reinterpret_cast<__nv_bfloat16 *>(memory.a)[i]);
+}
+
 enum {
-    NO_WAIT = 1,
-    NO_WAIT_MATRIX,
+    NO_WAIT_MATRIX = 1,
     SOURCE_CHANGES,
     TOO_LONG,
     MISALIGNED,
     UNWRITTEN,
     MISALIGNED_ROW,
     NO_COMMIT,
-    WRITTEN_TWICE,
-    PLAIN_UNWRITTEN
+    WRITTEN_TWICE
 };
 __global__ void copy_kernel(Arguments args) {
     Memory &memory = ifkv_shared<Memory>();
     const int i = me();
     unsigned char *to = memory.a + i * 16;
     unsigned char *from = args.global + i * 16;
-    if (args.bug != PLAIN_UNWRITTEN && !(args.bug == UNWRITTEN && i == 5))
+    if (!(args.bug == UNWRITTEN && i == 5))
         ptx_cp_async_16_zfill(to, args.bug == MISALIGNED ? from + 2 : from,
                               args.bug == TOO_LONG ? 17 : 16);
     if (args.bug == WRITTEN_TWICE) ptx_cp_async_16(to, from);
     if (args.bug != NO_COMMIT) ptx_cp_async_commit();
     if (args.bug == SOURCE_CHANGES) from[0] ^= 1;
-    if (args.bug != NO_WAIT && args.bug != NO_WAIT_MATRIX) ptx_cp_async_wait<0>();
+    if (args.bug != NO_WAIT_MATRIX) ptx_cp_async_wait<0>();
     __syncthreads();
-    uint32_t frag[4] = {0, 0, 0, 0};
-    if (args.bug != NO_WAIT && args.bug != PLAIN_UNWRITTEN)
-        ptx_ldmatrix_x4(frag, memory.a + i * 16 + (args.bug == MISALIGNED_ROW ? 2 : 0));
-    args.out[i] = bf16_low(frag[0]) + bf16_to_float(reinterpret_cast<__nv_bfloat16 *>(memory.a)[i]);
+    uint32_t frag[4];
+    ptx_ldmatrix_x4(frag, memory.a + i * 16 + (args.bug == MISALIGNED_ROW ? 2 : 0));
+    args.out[i] = bf16_low(frag[0]);
 }
 
 // ---- bulk copies and mbarriers
@@ -173,7 +182,8 @@ enum {
     LOAD_OVER_LOAD,
     WRONG_RANK,
     OUTSIDE,
-    UNALIGNED_TILE
+    UNALIGNED_TILE,
+    READ_UNDER_LOAD
 };
 __global__ void bulk_kernel(const __grid_constant__ Arguments args) {
     Memory &memory = ifkv_shared<Memory>();
@@ -184,6 +194,8 @@ __global__ void bulk_kernel(const __grid_constant__ Arguments args) {
         ptx_mbarrier_init(&memory.other, 1);
         ptx_fence_mbarrier_init();
     }
+    __syncthreads();
+    if (bug == READ_UNDER_LOAD) fill_ones(memory.a); // the very values that are to come
     __syncthreads();
     if (me() == 0) {
         if (bug == MARK_OVERWRITTEN) memory.full = 0;
@@ -200,8 +212,12 @@ __global__ void bulk_kernel(const __grid_constant__ Arguments args) {
         if (bug == LOAD_OVER_LOAD) ptx_tma_load_2d(memory.a, &args.map, &memory.full, 0, 0);
         if (bug == IN_FLIGHT_AT_END) ptx_tma_load_2d(memory.b, &args.map, &memory.other, 0, 0);
     }
-    wait(&memory.full, bug == WRONG_PARITY ? 1 : 0);
+    if (bug == READ_UNDER_LOAD)
+        __syncthreads();
+    else
+        wait(&memory.full, bug == WRONG_PARITY ? 1 : 0);
     args.out[me()] = bf16_to_float(reinterpret_cast<__nv_bfloat16 *>(memory.a)[me()]);
+    if (bug == READ_UNDER_LOAD) wait(&memory.full, 0);
     __syncthreads();
 
     if (bug != STORE_UNWRITTEN) fill_ones(memory.c);
@@ -280,7 +296,8 @@ __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ Ar
     if (bug != NO_PRODUCT_WAIT) ptx_wgmma_wait<0>();
     ptx_pin(sum);
     ptx_pin(other);
-    for (int i = 0; i < 8; i++) args.out[i * 128 + me()] = bug == EARLY_READ ? early : sum[i];
+    for (int i = 0; i < 8; i++)
+        args.out[i * 128 + me()] = bug == EARLY_READ && i == 5 ? early : sum[i];
 }
 
 // ---- registers
@@ -358,12 +375,12 @@ const Case cases[] = {
     {"divergent __syncthreads", collective_kernel, 128, DIVERGENT_BLOCK, "divergent __syncthreads",
      ALWAYS},
     {"divergent shuffle", collective_kernel, 128, DIVERGENT_WARP, "divergent warp", ALWAYS},
-    {"thread leaves before __syncthreads", collective_kernel, 128, LEAVES_BLOCK, "__syncthreads",
-     ALWAYS},
+    {"thread leaves before __syncthreads", collective_kernel, 128, LEAVES_BLOCK,
+     "leaves the kernel while", ALWAYS},
     {"lane leaves before a shuffle", collective_kernel, 128, LEAVES_WARP, "__shfl_xor_sync",
      ALWAYS},
-    {"warp leaves before __syncthreads", collective_kernel, 128, LEFT_BEFORE, "__syncthreads",
-     ALWAYS},
+    {"warp leaves before __syncthreads", collective_kernel, 128, LEFT_BEFORE,
+     "__syncthreads waits for", EARLY | RANDOM},
     {"mask without the caller", collective_kernel, 128, FOREIGN_MASK, "leaves out the calling lane",
      ALWAYS},
     {"shuffle from a lane outside of the mask", collective_kernel, 128, ABSENT_SOURCE,
@@ -374,7 +391,8 @@ const Case cases[] = {
     {"named barrier left half full", collective_kernel, 128, NAMED_HALF,
      "64 of 128 threads arrived at barrier 2", ALWAYS},
     {"trap", collective_kernel, 128, TRAPPED, "__trap", ALWAYS},
-    {"cp.async not waited for, plain read", copy_kernel, 128, NO_WAIT, wrong_output, LATE | RANDOM},
+    {"cp.async not waited for, plain read", plain_kernel, 128, NO_WAIT, wrong_output,
+     LATE | RANDOM},
     {"cp.async not waited for, ldmatrix", copy_kernel, 128, NO_WAIT_MATRIX,
      "while cp.async of thread", ALWAYS},
     {"cp.async not committed", copy_kernel, 128, NO_COMMIT, "while cp.async of thread", ALWAYS},
@@ -385,10 +403,13 @@ const Case cases[] = {
     {"two cp.async to one place", copy_kernel, 128, WRITTEN_TWICE, "cp.async writes shared offset",
      ALWAYS},
     {"ldmatrix of memory nobody wrote", copy_kernel, 128, UNWRITTEN, "which nobody wrote", ALWAYS},
-    {"plain read of memory nobody wrote", copy_kernel, 128, PLAIN_UNWRITTEN, wrong_output, ALWAYS},
+    {"cp.async over old data not waited for", plain_kernel, 128, NO_WAIT_OLD, wrong_output,
+     LATE | RANDOM},
+    {"plain read of memory nobody wrote", plain_kernel, 128, NO_COPY, wrong_output, ALWAYS},
     {"ldmatrix row misaligned", copy_kernel, 128, MISALIGNED_ROW, "not a multiple of 16", ALWAYS},
     {"wrong parity", bulk_kernel, 128, WRONG_PARITY, "block ends before bulk tensor load",
      LATE | RANDOM},
+    {"read under a load", bulk_kernel, 128, READ_UNDER_LOAD, wrong_output, LATE | RANDOM},
     {"mbarrier nobody completes", bulk_kernel, 128, NEVER_COMES, "wait at mbarrier.try_wait",
      ALWAYS},
     {"fewer bytes expected than come", bulk_kernel, 128, FEW_BYTES, "deadlock", ALWAYS},
