@@ -12,8 +12,8 @@
  * Keys past the last one a tile sees are not read but taken for zeros: what lies there may be NaN.
  * A key that some row of the tile sees must be finite in V, or the whole tile's results are NaN.
  *
- * Budget at d_head 128: 51 KB of shared memory and 168 registers, three blocks a multiprocessor;
- * bound by reading K and V fragments from shared memory.
+ * Budget at d_head 128: 52 KB of shared memory and 247 registers, two blocks a multiprocessor of
+ * sm_80 or sm_90; bound by reading K and V fragments from shared memory.
  * Source: FlashAttention-2 (arXiv 2307.08691), section 3.1. */
 #include "attention.cuh"
 #include "cuda_check.h"
@@ -32,7 +32,7 @@ template <int d> struct shared_memory {
     attention_run run;
     int length[TILE_M]; // keys each row of the run sees
 };
-static_assert(3 * sizeof(shared_memory<128>) <= 227 * 1024, "three blocks a multiprocessor");
+static_assert(2 * sizeof(shared_memory<128>) <= 163 * 1024, "two blocks a multiprocessor");
 
 // Start to copy keys [first, first + BLOCK_KEYS) of a head, zeros from n_key on.
 template <int d>

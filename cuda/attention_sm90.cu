@@ -17,7 +17,7 @@
  * V they are cleared before use, so what lies there may be NaN (beyond n_key the copy gives zeros).
  * A key that some row of a run sees must be finite in V, or all of its tile is NaN.
  *
- * Budget at d_head 128: Q 2 x 32 KB, K and V 2 x 2 x 32 KB of 227 KB; 24 and 240 of 168 x 384
+ * Budget at d_head 128: Q 2 x 32 KB, K and V 2 x 2 x 32 KB of 227 KB; 40 and 232 of 168 x 384
  * registers: S 64, O 64, P 32 and addresses.  Bound by the tensor cores at d_head 128, by the
  * exponentials at 64.
  * Source: FlashAttention-3 (arXiv 2407.08608), sections 3.1 and 3.2; PTX ISA 9.0. */

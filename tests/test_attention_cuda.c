@@ -2,8 +2,8 @@
  *
  *   test_attention_cuda sm80|sm90 [64|128]        only kernels of that name, only that d_head
  *
- * Without a GPU the device is the host execution model.  Operands lie between guard bytes with gaps
- * between rows; what no kernel may read is NaN, what it may not use is garbage.
+ * Without a GPU the device is the host execution model.  What no kernel may read is NaN, what it
+ * may not use is garbage.
  *
  * Bounds.  Inputs are bfloat16, so products are exact; float32 sums of d of them err by at most
  * d 2^-23 of the sum of magnitudes (tensor cores may truncate: twice the half ulp).  Hence a score
@@ -12,8 +12,7 @@
  * SUM_STEPS.  A probability is rounded to bfloat16 (2^-8) before the product with V, whose float32
  * sum adds SUM_STEPS 2^-23; a bfloat16 result adds 2^-8 of itself.  These are worst cases; of all
  * results together the relative norm stays below 4e-3, as two roundings of 2^-8 at most have a
- * deviation of about 1.6e-3 each
- */
+ * deviation of about 1.6e-3 each. */
 #include "test.h"
 
 #include "attention.h"
@@ -21,6 +20,7 @@
 
 static gen noise;
 static ifkv_attention_kernel kernel;
+static ifkv_backend *backend; /* for memory only */
 static ifkv_cuda_context context;
 static int only_d;
 
@@ -34,116 +34,10 @@ static void must(cudaError_t error) {
     if (error != cudaSuccess) fail_msg("CUDA: %s", cudaGetErrorString(error));
 }
 
-/* ---- matrices on the device ---- */
-
-enum { GUARD = 64 }; /* elements before and after, so that rows may stay aligned */
-
-typedef struct matrix {
-    ifkv_view view;       /* views base */
-    char *base;           /* owns, device */
-    unsigned char *image; /* owns, host copy of base */
-    size_t bytes;
-    double *value; /* owns [n_row * n_col]: what the view holds */
-} matrix;
-
-static size_t at_bytes(const matrix *m, int64_t row, int64_t col) {
-    return (size_t)(GUARD + row * m->view.stride + col) * ifkv_dtype_bytes(m->view.dtype);
+/* Bytes of a matrix's image in front of a row. */
+static size_t row_offset(const gen_matrix *m, int64_t row) {
+    return (size_t)(m->fence + row * m->view.stride) * ifkv_dtype_bytes(m->view.dtype);
 }
-
-static double *at(const matrix *m, int64_t row, int64_t col) {
-    return &m->value[row * m->view.n_col + col];
-}
-
-static double round_bf16(double x) {
-    float f = (float)x;
-    uint32_t bits;
-    memcpy(&bits, &f, sizeof bits);
-    if (isnan(x)) return x;
-    bits += 0x7fffu + (bits >> 16 & 1);
-    bits &= 0xffff0000u;
-    memcpy(&f, &bits, sizeof f);
-    return (double)f;
-}
-
-static double stored_value(ifkv_dtype dtype, const unsigned char *from) {
-    float f;
-    if (dtype == IFKV_DTYPE_F32) {
-        memcpy(&f, from, sizeof f);
-    } else {
-        uint16_t half;
-        memcpy(&half, from, sizeof half);
-        const uint32_t bits = (uint32_t)half << 16;
-        memcpy(&f, &bits, sizeof f);
-    }
-    return (double)f;
-}
-
-static void write_matrix(matrix *m) {
-    memset(m->image, 0xff, m->bytes);
-    for (int64_t r = 0; r < m->view.n_row; r++)
-        for (int64_t c = 0; c < m->view.n_col; c++) {
-            unsigned char *to = m->image + at_bytes(m, r, c);
-            if (m->view.dtype == IFKV_DTYPE_F32) {
-                const float f = (float)*at(m, r, c);
-                memcpy(to, &f, sizeof f);
-            } else if (isnan(*at(m, r, c))) {
-                memset(to, 0xff, 2);
-            } else {
-                const float f = (float)(*at(m, r, c) = round_bf16(*at(m, r, c)));
-                uint32_t bits;
-                memcpy(&bits, &f, sizeof bits);
-                const uint16_t half = (uint16_t)(bits >> 16);
-                memcpy(to, &half, sizeof half);
-            }
-        }
-    must(cudaMemcpy(m->base, m->image, m->bytes, cudaMemcpyHostToDevice));
-}
-
-/* Fetch and check the guards and gaps. */
-static void read_matrix(matrix *m) {
-    must(cudaMemcpy(m->image, m->base, m->bytes, cudaMemcpyDeviceToHost));
-    size_t next = 0;
-    for (int64_t r = 0; r <= m->view.n_row; r++) {
-        const size_t begin = r < m->view.n_row ? at_bytes(m, r, 0) : m->bytes;
-        for (size_t i = next; i < begin; i++)
-            if (m->image[i] != 0xff) fail_msg("a byte beside row %lld was written", (long long)r);
-        if (r == m->view.n_row) return;
-        next = at_bytes(m, r, m->view.n_col);
-        for (int64_t c = 0; c < m->view.n_col; c++)
-            *at(m, r, c) = stored_value(m->view.dtype, m->image + at_bytes(m, r, c));
-    }
-}
-
-/* gap: elements between rows; fill: uniform in [-fill, fill), NaN: poison. */
-static matrix create_matrix(ifkv_dtype dtype, int64_t n_row, int64_t n_col, int64_t gap,
-                            double fill) {
-    matrix m = {.view = ifkv_view_make(NULL, dtype, n_row, n_col, n_col + gap)};
-    m.bytes = at_bytes(&m, n_row, GUARD);
-    m.image = malloc(m.bytes);
-    m.value = malloc((size_t)(n_row * n_col + 1) * sizeof *m.value);
-    assert_true(m.image && m.value);
-    must(cudaMalloc((void **)&m.base, m.bytes));
-    m.view.data = m.base + at_bytes(&m, 0, 0);
-    for (int64_t i = 0; i < n_row * n_col; i++)
-        m.value[i] = isnan(fill) ? fill : gen_uniform(&noise, -fill, fill);
-    write_matrix(&m);
-    return m;
-}
-
-static void destroy_matrix(matrix *m) {
-    must(cudaFree(m->base));
-    free(m->image);
-    free(m->value);
-}
-
-static void *copy_to_device(const void *from, size_t bytes) {
-    void *to = NULL;
-    must(cudaMalloc(&to, bytes + 1));
-    must(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
-    return to;
-}
-
-/* ---- one attention ---- */
 
 typedef struct heads {
     int n_head, n_kv_head, d_head;
@@ -152,20 +46,24 @@ typedef struct heads {
 typedef struct problem {
     heads h;
     int64_t n_row, n_key;
-    matrix q, k, v, out, lse;
+    gen_matrix q, k, v, out, lse;
     int64_t *begin, *end; /* owns, host */
 } problem;
 
-static problem create_problem(heads h, int64_t n_row, int64_t n_key, double q_size,
-                              ifkv_dtype out) {
+/* Queries are uniform in [-q_size, q_size), keys and values in [-1, 1). */
+static problem create_problem(heads h, int64_t n_row, int64_t n_key, double q_size, ifkv_dtype to) {
+    const ifkv_dtype dtype = IFKV_DTYPE_BF16;
     const int64_t q_cols = (int64_t)h.n_head * h.d_head, kv_cols = (int64_t)h.n_kv_head * h.d_head;
     problem p = {.h = h, .n_row = n_row, .n_key = n_key};
-    p.q = create_matrix(IFKV_DTYPE_BF16, n_row, q_cols, 8, q_size);
-    p.k = create_matrix(IFKV_DTYPE_BF16, n_key, kv_cols, 24, 1);
-    p.v = create_matrix(IFKV_DTYPE_BF16, n_key, kv_cols, 16, 1);
-    /* aligned and not: both ways to store */
-    p.out = create_matrix(out, n_row, q_cols, gen_below(&noise, 2) ? 8 : 5, (double)NAN);
-    p.lse = create_matrix(IFKV_DTYPE_F32, n_row, h.n_head, 1, (double)NAN);
+    p.q = gen_matrix_create_aligned(&noise, backend, dtype, n_row, q_cols, 8, GEN_UNIFORM);
+    p.k = gen_matrix_create_aligned(&noise, backend, dtype, n_key, kv_cols, 24, GEN_UNIFORM);
+    p.v = gen_matrix_create_aligned(&noise, backend, dtype, n_key, kv_cols, 16, GEN_UNIFORM);
+    /* results are stored in two ways: in pieces of 16 bytes, and anywhere */
+    p.out = (gen_below(&noise, 2) ? gen_matrix_create_aligned : gen_matrix_create)(
+        &noise, backend, to, n_row, q_cols, 5, GEN_POISON);
+    p.lse = gen_matrix_create(&noise, backend, IFKV_DTYPE_F32, n_row, h.n_head, 1, GEN_POISON);
+    for (int64_t i = 0; i < n_row * q_cols; i++) p.q.value[i] *= q_size;
+    gen_matrix_write(&p.q);
     p.begin = calloc((size_t)n_row + 1, sizeof *p.begin);
     p.end = calloc((size_t)n_row + 1, sizeof *p.end);
     assert_true(p.begin && p.end);
@@ -173,8 +71,8 @@ static problem create_problem(heads h, int64_t n_row, int64_t n_key, double q_si
 }
 
 static void destroy_problem(problem *p) {
-    matrix *const all[] = {&p->q, &p->k, &p->v, &p->out, &p->lse};
-    for (int i = 0; i < 5; i++) destroy_matrix(all[i]);
+    gen_matrix *const all[] = {&p->q, &p->k, &p->v, &p->out, &p->lse};
+    for (int i = 0; i < 5; i++) gen_matrix_destroy(all[i]);
     free(p->begin), free(p->end);
 }
 
@@ -193,18 +91,17 @@ static ifkv_attention_args args_of(const problem *p) {
 /* Attend rows [row, row + n) into the same rows of the results, spans in parts of part_keys. */
 static void attend_rows(problem *p, int64_t row, int64_t n, int64_t part_keys) {
     ifkv_attention_args args = args_of(p);
-    int64_t *begin = copy_to_device(p->begin + row, (size_t)n * sizeof *begin);
-    int64_t *end = copy_to_device(p->end + row, (size_t)n * sizeof *end);
+    int64_t *begin = gen_upload(backend, p->begin + row, (size_t)n * sizeof *begin);
+    int64_t *end = gen_upload(backend, p->end + row, (size_t)n * sizeof *end);
     args.begin = begin, args.end = end;
     args.q = ifkv_view_rows(&args.q, row, n);
     args.out = ifkv_view_rows(&args.out, row, n);
     args.lse = ifkv_view_rows(&args.lse, row, n);
     assert_ok(ifkv_cuda_attention_by(&context, &args, kernel, part_keys));
     must(cudaDeviceSynchronize());
-    must(cudaFree(begin));
-    must(cudaFree(end));
-    read_matrix(&p->out);
-    read_matrix(&p->lse);
+    backend->ops->free(backend, begin), backend->ops->free(backend, end);
+    assert_true(gen_matrix_read(&p->out));
+    assert_true(gen_matrix_read(&p->lse));
 }
 
 static void attend(problem *p) {
@@ -232,8 +129,8 @@ static void expect(const problem *p, int64_t row, int head, expected *e) {
     for (int64_t i = 0; i < n; i++) {
         double sum = 0, absolute = 0;
         for (int c = 0; c < d; c++) {
-            const double x = *at(&p->q, row, (int64_t)head * d + c) *
-                             *at(&p->k, p->begin[row] + i, (int64_t)kv * d + c);
+            const double x = *gen_at(&p->q, row, (int64_t)head * d + c) *
+                             *gen_at(&p->k, p->begin[row] + i, (int64_t)kv * d + c);
             sum += x;
             absolute += fabs(x);
         }
@@ -247,7 +144,7 @@ static void expect(const problem *p, int64_t row, int head, expected *e) {
         const double w = exp(s[i] - top);
         total += w;
         for (int c = 0; c < d; c++) {
-            const double x = w * *at(&p->v, p->begin[row] + i, (int64_t)kv * d + c);
+            const double x = w * *gen_at(&p->v, p->begin[row] + i, (int64_t)kv * d + c);
             e->out[c] += x;
             e->magnitude[c] += fabs(x);
         }
@@ -275,7 +172,7 @@ static void check_rows(const problem *p, int64_t first, int64_t n) {
             const double steps = sum_steps(p->end[row] - p->begin[row]);
             const double weight = 2 * e.delta + 0x1p-8 + (2 * steps + 4) * 0x1p-23;
             for (int c = 0; c < d; c++) {
-                const double got = *at(&p->out, row, (int64_t)head * d + c);
+                const double got = *gen_at(&p->out, row, (int64_t)head * d + c);
                 const double rounding =
                     p->out.view.dtype == IFKV_DTYPE_BF16 ? 0x1p-8 * fabs(e.out[c]) : 0;
                 assert_close("out", row, (int64_t)head * d + c, got, e.out[c],
@@ -283,7 +180,7 @@ static void check_rows(const problem *p, int64_t first, int64_t n) {
                 error += (got - e.out[c]) * (got - e.out[c]);
                 norm += e.out[c] * e.out[c];
             }
-            assert_close("lse", row, head, *at(&p->lse, row, head), e.lse,
+            assert_close("lse", row, head, *gen_at(&p->lse, row, head), e.lse,
                          e.delta + (steps + 4) * 0x1p-23 + 0x1p-22 * fabs(e.lse));
         }
     if (sqrt(error) > 4e-3 * sqrt(norm))
@@ -401,9 +298,9 @@ static void keys_no_tile_sees_may_be_nan(void **state) {
         for (int64_t r = 0; r < 70; r++) p.begin[r] = 33, p.end[r] = 230 + r;
         for (int64_t key = 0; key < 400; key++)
             for (int64_t c = 0; c < p.k.view.n_col && (key < 33 || key >= 299); c++)
-                *at(&p.k, key, c) = *at(&p.v, key, c) = (double)NAN;
-        write_matrix(&p.k);
-        write_matrix(&p.v);
+                *gen_at(&p.k, key, c) = *gen_at(&p.v, key, c) = (double)NAN;
+        gen_matrix_write(&p.k);
+        gen_matrix_write(&p.v);
         attend(&p);
         check(&p);
         destroy_problem(&p);
@@ -432,14 +329,14 @@ static void masked_keys_change_no_bit(void **state) {
         for (int64_t r = 0; r < 30; r++) p.end[r] = r < 29 ? 100 : 300;
         attend(&p);
         unsigned char *out, *lse;
-        const size_t out_bytes = at_bytes(&p.out, 29, 0), lse_bytes = at_bytes(&p.lse, 29, 0);
+        const size_t out_bytes = row_offset(&p.out, 29), lse_bytes = row_offset(&p.lse, 29);
         save(&p, &out, &lse);
         for (int64_t key = 100; key < 300; key++)
             for (int64_t c = 0; c < p.k.view.n_col; c++)
-                *at(&p.k, key, c) = *at(&p.v, key, c) = gen_below(&noise, 2) ? 1e30 : -1e30;
-        write_matrix(&p.k);
-        write_matrix(&p.v);
-        write_matrix(&p.out);
+                *gen_at(&p.k, key, c) = *gen_at(&p.v, key, c) = gen_below(&noise, 2) ? 1e30 : -1e30;
+        gen_matrix_write(&p.k);
+        gen_matrix_write(&p.v);
+        gen_matrix_write(&p.out);
         attend(&p);
         assert_memory_equal(out, p.out.image, out_bytes);
         assert_memory_equal(lse, p.lse.image, lse_bytes);
@@ -453,12 +350,12 @@ static void a_nan_is_not_hidden(void **state) {
     FOR_SOME_HEADS(h) {
         problem p = create_problem(*h, 4, 300, 1, IFKV_DTYPE_BF16);
         for (int64_t r = 0; r < 4; r++) p.end[r] = 300;
-        *at(&p.k, 222, 3) = (double)NAN;
-        write_matrix(&p.k);
+        *gen_at(&p.k, 222, 3) = (double)NAN;
+        gen_matrix_write(&p.k);
         attend(&p);
         for (int64_t r = 0; r < 4; r++)
-            assert_true(isnan(*at(&p.out, r, 0)) && isnan(*at(&p.lse, r, 0)));
-        if (h->n_kv_head > 1) assert_false(isnan(*at(&p.lse, 2, h->n_head - 1)));
+            assert_true(isnan(*gen_at(&p.out, r, 0)) && isnan(*gen_at(&p.lse, r, 0)));
+        if (h->n_kv_head > 1) assert_false(isnan(*gen_at(&p.lse, 2, h->n_head - 1)));
         destroy_problem(&p);
     }
 }
@@ -474,20 +371,21 @@ static void two_runs_give_the_same_bits(void **state) {
         unsigned char *out, *lse;
         save(&p, &out, &lse);
         for (int64_t i = 0; i < p.n_row * p.out.view.n_col; i++) p.out.value[i] = (double)NAN;
-        write_matrix(&p.out);
+        gen_matrix_write(&p.out);
         attend(&p);
         assert_saved(&p, out, lse);
         destroy_problem(&p);
     }
 }
 
-static void assert_row_equal(const matrix *a, int64_t row_a, const matrix *b, int64_t row_b) {
+static void assert_row_equal(const gen_matrix *a, int64_t row_a, const gen_matrix *b,
+                             int64_t row_b) {
     const size_t bytes = (size_t)a->view.n_col * ifkv_dtype_bytes(a->view.dtype);
-    assert_memory_equal(a->image + at_bytes(a, row_a, 0), b->image + at_bytes(b, row_b, 0), bytes);
+    assert_memory_equal(a->image + row_offset(a, row_a), b->image + row_offset(b, row_b), bytes);
 }
 
-static void copy_row(const matrix *from, int64_t row_from, matrix *to, int64_t row_to) {
-    memcpy(at(to, row_to, 0), at(from, row_from, 0),
+static void copy_row(const gen_matrix *from, int64_t row_from, gen_matrix *to, int64_t row_to) {
+    memcpy(gen_at(to, row_to, 0), gen_at(from, row_from, 0),
            (size_t)from->view.n_col * sizeof *from->value);
 }
 
@@ -500,7 +398,7 @@ static problem take_rows(const problem *p, const int64_t *row, int64_t n) {
         copy_row(&p->q, row[i], &taken.q, i);
         taken.begin[i] = p->begin[row[i]], taken.end[i] = p->end[row[i]];
     }
-    write_matrix(&taken.q), write_matrix(&taken.k), write_matrix(&taken.v);
+    gen_matrix_write(&taken.q), gen_matrix_write(&taken.k), gen_matrix_write(&taken.v);
     return taken;
 }
 
@@ -553,8 +451,9 @@ static void constant_values_come_back(void **state) {
         problem p = create_problem(*h, 67, 200, 8, IFKV_DTYPE_BF16);
         windows(&p);
         for (int64_t key = 0; key < 200; key++)
-            for (int64_t c = 0; c < p.v.view.n_col; c++) *at(&p.v, key, c) = (double)(c % 7 - 3);
-        write_matrix(&p.v);
+            for (int64_t c = 0; c < p.v.view.n_col; c++)
+                *gen_at(&p.v, key, c) = (double)(c % 7 - 3);
+        gen_matrix_write(&p.v);
         attend(&p);
         check(&p);
         destroy_problem(&p);
@@ -570,8 +469,40 @@ static void one_key_gives_its_value_bitwise(void **state) {
         const int d = h->d_head, group = h->n_head / h->n_kv_head;
         for (int64_t r = 0; r < 50; r++)
             for (int64_t c = 0; c < p.q.view.n_col; c++)
-                assert_true(*at(&p.out, r, c) == *at(&p.v, r, c / d / group * d + c % d));
+                assert_true(*gen_at(&p.out, r, c) == *gen_at(&p.v, r, c / d / group * d + c % d));
         check(&p);
+        destroy_problem(&p);
+    }
+}
+
+/* Row r asks for dimension c(r), key j answers to dimension j modulo d: softmax gives weight one to
+ * one key and the row gets its value, to the bit.  Every step of both products, every half of a
+ * wide head and every column shows in some number. */
+static void one_hot_queries_fetch_their_value(void **state) {
+    (void)state;
+    FOR_SOME_HEADS(h) {
+        const int d = h->d_head, group = h->n_head / h->n_kv_head;
+        problem p = create_problem(*h, 2 * d, 3 * d, 1, IFKV_DTYPE_BF16);
+        for (int64_t r = 0; r < p.n_row; r++) p.begin[r] = d / 2, p.end[r] = d / 2 + d;
+        for (int64_t i = 0; i < p.n_row * p.q.view.n_col; i++) {
+            const int64_t row = i / p.q.view.n_col, head = i % p.q.view.n_col / d;
+            p.q.value[i] = i % d == (5 * row + head) % d ? 64 : 0;
+        }
+        for (int64_t i = 0; i < p.n_key * p.k.view.n_col; i++) {
+            const int64_t key = i / p.k.view.n_col, head = i % p.k.view.n_col / d;
+            p.k.value[i] = i % d == key % d ? 64 : 0;
+            p.v.value[i] = (double)((131 * key + 37 * (i % d) + 61 * head) % 257 - 128);
+        }
+        gen_matrix_write(&p.q), gen_matrix_write(&p.k), gen_matrix_write(&p.v);
+        attend(&p);
+        for (int64_t r = 0; r < p.n_row; r++)
+            for (int64_t c = 0; c < p.q.view.n_col; c++) {
+                int64_t key = (5 * r + c / d) % d;
+                if (key < d / 2) key += d;
+                const double want = *gen_at(&p.v, key, c / d / group * d + c % d);
+                assert_close("out", r, c, *gen_at(&p.out, r, c), want, 0);
+            }
+        assert_no_fault();
         destroy_problem(&p);
     }
 }
@@ -584,15 +515,15 @@ static void equal_keys_give_the_mean_exactly(void **state) {
         whole_spans(&p);
         for (int64_t i = 0; i < 256 * p.k.view.n_col; i++)
             p.k.value[i] = 0, p.v.value[i] = (double)(gen_below(&noise, 9) - 4);
-        write_matrix(&p.k);
-        write_matrix(&p.v);
+        gen_matrix_write(&p.k);
+        gen_matrix_write(&p.v);
         attend(&p);
         const int d = h->d_head, group = h->n_head / h->n_kv_head;
         for (int64_t c = 0; c < p.q.view.n_col; c++) {
             double sum = 0;
             for (int64_t key = 0; key < 256; key++)
-                sum += *at(&p.v, key, c / d / group * d + c % d);
-            for (int64_t r = 0; r < 3; r++) assert_true(*at(&p.out, r, c) == sum / 256);
+                sum += *gen_at(&p.v, key, c / d / group * d + c % d);
+            for (int64_t r = 0; r < 3; r++) assert_true(*gen_at(&p.out, r, c) == sum / 256);
         }
         for (int64_t i = 0; i < 3 * h->n_head; i++)
             assert_close("lse", i, 0, p.lse.value[i], log(256.0), 0x1p-22 * log(256.0));
@@ -608,7 +539,7 @@ static void large_scores_are_safe(void **state) {
     FOR_SOME_HEADS(h) {
         problem p = create_problem(*h, 20, 200, 1, IFKV_DTYPE_BF16);
         whole_spans(&p);
-        const double size = round_bf16(1e4 * sqrt((double)h->d_head) / 256);
+        const double size = gen_round(IFKV_DTYPE_BF16, 1e4 * sqrt((double)h->d_head) / 256);
         for (int64_t i = 0; i < 20 * p.q.view.n_col; i++)
             p.q.value[i] = i % h->d_head == 0 ? 256 : i % h->d_head == 1 ? 1 : 0;
         for (int64_t i = 0; i < 200 * p.k.view.n_col; i++) {
@@ -617,8 +548,8 @@ static void large_scores_are_safe(void **state) {
                            : c == 1 ? (double)(gen_below(&noise, 9) - 4)
                                     : 0;
         }
-        write_matrix(&p.q);
-        write_matrix(&p.k);
+        gen_matrix_write(&p.q);
+        gen_matrix_write(&p.k);
         attend(&p);
         for (int64_t r = 0; r < 20; r++)
             for (int head = 0; head < h->n_head; head++) {
@@ -626,10 +557,10 @@ static void large_scores_are_safe(void **state) {
                 expect(&p, r, head, &e);
                 for (int c = 0; c < h->d_head; c++)
                     assert_close("out", r, (int64_t)head * h->d_head + c,
-                                 *at(&p.out, r, (int64_t)head * h->d_head + c), e.out[c],
+                                 *gen_at(&p.out, r, (int64_t)head * h->d_head + c), e.out[c],
                                  1.01 * (0x1p-8 + 0x1p-15) * e.magnitude[c] +
                                      1.01 * 0x1p-8 * fabs(e.out[c]));
-                assert_close("lse", r, head, *at(&p.lse, r, head), e.lse, 1e4 * 0x1p-21);
+                assert_close("lse", r, head, *gen_at(&p.lse, r, head), e.lse, 1e4 * 0x1p-21);
             }
         destroy_problem(&p);
     }
@@ -659,6 +590,75 @@ static void parts_give_the_whole(void **state) {
         groups_with_empty_rows(&p);
         attend_rows(&p, 0, 40, part_keys);
         check(&p);
+        destroy_problem(&p);
+    }
+}
+
+/* Few rows over many keys: the plan itself cuts. */
+static void planned_parts_give_the_whole(void **state) {
+    (void)state;
+    const heads of[] = {{3, 1, 64}, {2, 1, 128}};
+    for (int i = 0; i < 2; i++) {
+        if (!can(of[i])) continue;
+        problem p = create_problem(of[i], 2, 9000, 2, IFKV_DTYPE_BF16);
+        p.begin[0] = 17, p.end[0] = 8900;
+        p.begin[1] = 17, p.end[1] = 4000;
+        const int tile_m =
+            kernel == IFKV_ATTENTION_SM90 ? IFKV_ATTENTION_SM90_M : IFKV_ATTENTION_SM80_M;
+        assert_true(
+            ifkv_attention_plan_make(2, 9000, of[i].n_head, 1, of[i].d_head, tile_m, context.n_sm)
+                .n_part > 1);
+        attend(&p);
+        check(&p);
+        destroy_problem(&p);
+    }
+}
+
+/* Keys that pass by in four blocks, as in a ring; float32 parts merged as they come are the whole.
+ */
+static void ring_steps_give_the_whole(void **state) {
+    (void)state;
+    FOR_SOME_HEADS(h) {
+        problem p = create_problem(*h, 90, 330, 4, IFKV_DTYPE_F32);
+        causal_spans(&p);
+        int64_t *begin = malloc(90 * sizeof *begin), *end = malloc(90 * sizeof *end);
+        assert_true(begin && end);
+        memcpy(begin, p.begin, 90 * sizeof *begin);
+        memcpy(end, p.end, 90 * sizeof *end);
+        gen_matrix sum =
+            gen_matrix_create(&noise, backend, IFKV_DTYPE_F32, 90, p.q.view.n_col, 3, GEN_UNIFORM);
+        gen_matrix sum_lse =
+            gen_matrix_create(&noise, backend, IFKV_DTYPE_F32, 90, h->n_head, 1, GEN_POISON);
+        for (int64_t i = 0; i < 90 * h->n_head; i++) sum_lse.value[i] = -INFINITY;
+        gen_matrix_write(&sum_lse);
+        const int64_t cut[] = {0, 100, 101, 250, 330};
+        for (int step = 0; step < 4; step++) {
+            for (int64_t r = 0; r < 90; r++) {
+                p.begin[r] = cut[step];
+                p.end[r] = end[r] < cut[step]       ? cut[step]
+                           : end[r] < cut[step + 1] ? end[r]
+                                                    : cut[step + 1];
+            }
+            attend(&p);
+            const ifkv_view outs[] = {sum.view, p.out.view}, lses[] = {sum_lse.view, p.lse.view};
+            const ifkv_merge_args merge = {.n_head = h->n_head,
+                                           .d_head = h->d_head,
+                                           .n_part = 2,
+                                           .out_part = outs,
+                                           .lse_part = lses,
+                                           .out = sum.view,
+                                           .lse = sum_lse.view};
+            assert_ok(ifkv_cuda_merge(&context, &merge));
+            must(cudaDeviceSynchronize());
+        }
+        assert_true(gen_matrix_read(&sum) && gen_matrix_read(&sum_lse));
+        memcpy(p.begin, begin, 90 * sizeof *begin);
+        memcpy(p.end, end, 90 * sizeof *end);
+        memcpy(p.out.value, sum.value, (size_t)(90 * p.q.view.n_col) * sizeof *sum.value);
+        memcpy(p.lse.value, sum_lse.value, (size_t)(90 * h->n_head) * sizeof *sum.value);
+        check(&p);
+        gen_matrix_destroy(&sum), gen_matrix_destroy(&sum_lse);
+        free(begin), free(end);
         destroy_problem(&p);
     }
 }
@@ -733,17 +733,31 @@ static void operands_that_do_not_fit_are_refused(void **state) {
     destroy_problem(&p);
 }
 
-static void open_context(void) {
+/* A context of its own beside the back end's: the kernel named on the command line, and a workspace
+ * for more parts than are ever planned, since tests cut spans very short. */
+static int open_context(void **state) {
+    (void)state;
     int device = 0, major = 0, minor = 0;
+    assert_ok(ifkv_backend_open("cuda", 1, 0, &backend));
+    print_message("device: %s\n", backend->device);
     must(cudaGetDevice(&device));
     must(cudaDeviceGetAttribute(&context.n_sm, cudaDevAttrMultiProcessorCount, device));
     must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     must(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
     context.arch = 10 * major + minor;
-    must(cudaMalloc((void **)&context.fault, sizeof *context.fault));
-    must(cudaMemset(context.fault, 0, sizeof *context.fault));
-    context.workspace_bytes = 16 << 20; /* more than is planned for: tests cut spans very short */
-    must(cudaMalloc(&context.workspace, context.workspace_bytes));
+    const int32_t none = IFKV_CUDA_FAULT_NONE;
+    context.fault = gen_upload(backend, &none, sizeof none);
+    context.workspace_bytes = 2 << 20;
+    assert_ok(backend->ops->alloc(backend, context.workspace_bytes, &context.workspace));
+    return 0;
+}
+
+static int close_context(void **state) {
+    (void)state;
+    backend->ops->free(backend, context.workspace);
+    backend->ops->free(backend, context.fault);
+    ifkv_backend_close(backend);
+    return 0;
 }
 
 int main(int argc, char **argv) {
@@ -763,10 +777,13 @@ int main(int argc, char **argv) {
         cmocka_unit_test(a_group_ignores_its_neighbours),
         cmocka_unit_test(constant_values_come_back),
         cmocka_unit_test(one_key_gives_its_value_bitwise),
+        cmocka_unit_test(one_hot_queries_fetch_their_value),
         cmocka_unit_test(equal_keys_give_the_mean_exactly),
         cmocka_unit_test(large_scores_are_safe),
         cmocka_unit_test(empty_calls_write_what_is_due),
         cmocka_unit_test(parts_give_the_whole),
+        cmocka_unit_test(planned_parts_give_the_whole),
+        cmocka_unit_test(ring_steps_give_the_whole),
         cmocka_unit_test(short_spans_ignore_parts),
         cmocka_unit_test(impossible_spans_raise_the_fault_word),
         cmocka_unit_test(operands_that_do_not_fit_are_refused),
@@ -774,6 +791,5 @@ int main(int argc, char **argv) {
     kernel = argc > 1 && !strcmp(argv[1], "sm90") ? IFKV_ATTENTION_SM90 : IFKV_ATTENTION_SM80;
     only_d = argc > 2 ? atoi(argv[2]) : 0;
     noise = gen_create(argv[0]);
-    open_context();
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, open_context, close_context);
 }
