@@ -28,7 +28,7 @@ static ifkv_status on_device(ifkv_comm *comm, ifkv_rank_fn body) {
     ifkv_status status = device_backend_open(ifkv_comm_node_rank(comm), &device);
     IFKV_TRY(ifkv_comm_agree(comm, status, NULL));
     comm->is_nccl = is_nccl;
-    status = ifkv_comm_attach(comm, device, &data);
+    status = ifkv_comm_attach(comm, device, true, &data);
     if (!status) status = body(data, NULL);
     ifkv_comm_detach(data);
     device->ops->close(device);
