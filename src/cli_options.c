@@ -78,7 +78,10 @@ static const option table[] = {
      "replace the results in DIR"},
     {"backend", KIND_TEXT, CLI_RANKS, AT(backend), 0, 0, "NAME", "auto", "auto or cpu"},
     {"comm", KIND_TEXT, CLI_RANKS, AT(comm), 0, 0, "NAME", "auto",
-     "auto, self, thread, mpi; auto: mpi under mpirun or srun, thread with --ranks, else self"},
+     "auto, self, thread, mpi, nccl; auto: thread with --ranks; mpi under mpirun or srun, nccl "
+     "where each rank has a GPU of its own; else self"},
+    {"collective-timeout", KIND_COUNT, CLI_RANKS, AT(collective_timeout), 0, 86400, "S", "300",
+     "seconds that NCCL waits for the other ranks before the job ends"},
     {"ranks", KIND_COUNT, CLI_RANKS, AT(ranks), 0, 1024, "P", NULL, "ranks of --comm thread"},
     {"threads", KIND_COUNT, CLI_RANKS, AT(threads), 0, 4096, "N", NULL,
      "threads of each rank (default: cores / ranks on this node)"},

@@ -75,9 +75,9 @@ void ifkv_log_set(ifkv_log_fn fn, void *arg, ifkv_log_level max_level);
 typedef struct ifkv_comm ifkv_comm;
 
 /* Open a communicator by name: "self" (one rank), "mpi" (duplicates MPI_COMM_WORLD; the host has
- * called MPI_Init_thread) or "nccl" (mpi, and NCCL for what is computed on GPUs).  Collective.  The
- * caller owns *comm_p.  Errors: UNSUPPORTED if that half is not built, USAGE if the name is
- * unknown. */
+ * called MPI_Init_thread), "nccl" (mpi, and NCCL for what is computed on GPUs), "auto" (nccl where
+ * it is built and every rank has a GPU of its own, else mpi).  Collective.  The caller owns
+ * *comm_p. Errors: UNSUPPORTED if that half is not built, USAGE if the name is unknown. */
 ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p);
 void ifkv_comm_close(ifkv_comm *comm);
 
