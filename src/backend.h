@@ -77,6 +77,10 @@ typedef struct ifkv_backend_ops {
     const char *name;      /* "cpu" */
     ifkv_dtype dtype;      /* of activations, weights and K/V */
     ifkv_dtype part_dtype; /* of partial outputs that cross ranks while scoring */
+    int64_t row_block;     /* rows of a linear operation at most that are worth their scratch */
+    /* A row's bits depend on nothing but the row, from 17 rows a call on: groups of rows that must
+     * not depend on each other may share a call. */
+    bool is_row_exact;
 
     void (*close)(ifkv_backend *backend);
     /* Size per-thread scratch for a model's heads, once, before the first attention.  Allocates. */
