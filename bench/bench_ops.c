@@ -267,7 +267,7 @@ int main(int argc, char **argv) {
                .n_repeat = argc > 3 ? atoi(argv[3]) : 7,
                .state = 88172645463325252u};
     if (b.n_row < 1 || b.n_repeat < 1 || b.n_repeat > MAX_REPEAT) return IFKV_ERR_USAGE;
-    must(ifkv_backend_open("cpu", argc > 1 ? atoi(argv[1]) : 2, &b.backend));
+    must(ifkv_backend_open("cpu", argc > 1 ? atoi(argv[1]) : 2, 0, &b.backend));
     must(b.backend->ops->prepare(b.backend, N_HEAD, N_KV_HEAD, D_HEAD));
     printf("op,shape,threads,ms_min,ms_median,gflops,error\n");
     const int64_t rows[] = {1, 4, 5, 64, 512, 1024};

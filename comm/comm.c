@@ -4,8 +4,8 @@
  * Owns the count of received bytes, so that every communicator counts alike: payload of bcast,
  * all_gather, all_to_all, gather and shift that came from other ranks, counted when the call
  * succeeded.
- * Agreement and reductions are not payload.  Knows no MPI; whether that half was built is the one
- * conditional here.  Nothing below allocates. */
+ * Agreement and reductions are not payload.  Knows no MPI and no NCCL; whether those were built are
+ * the only conditionals here.  Nothing below allocates. */
 #include "comm.h"
 #include "tensor.h"
 
@@ -25,6 +25,30 @@ static ifkv_status no_mpi_open(ifkv_comm **comm_p) {
 #define MPI_OPEN no_mpi_open
 #endif
 
+#if IFKV_HAVE_NCCL
+#define NCCL_ATTACH ifkv_comm_nccl_attach
+#else
+static ifkv_status no_nccl_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p) {
+    (void)comm, (void)backend, (void)data_p;
+    return IFKV_FAIL(IFKV_ERR_UNSUPPORTED, IFKV_E_COMM,
+                     "communicator nccl: this ifkv was built without NCCL");
+}
+#define NCCL_ATTACH no_nccl_attach
+#endif
+
+/* Host memory moves by MPI, and back-end memory by NCCL. */
+static ifkv_status nccl_open(ifkv_comm **comm_p) {
+    IFKV_TRY(MPI_OPEN(comm_p));
+    (*comm_p)->is_nccl = true;
+    return IFKV_OK;
+}
+
+static ifkv_status auto_open(ifkv_comm **comm_p) {
+    IFKV_TRY(MPI_OPEN(comm_p));
+    (*comm_p)->is_auto = true;
+    return IFKV_OK;
+}
+
 static ifkv_status thread_open(ifkv_comm **comm_p) {
     (void)comm_p;
     return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_COMM,
@@ -35,9 +59,8 @@ static const struct {
     const char *name;
     ifkv_status (*open)(ifkv_comm **comm_p);
 } communicators[] = {
-    {"self", ifkv_comm_self_open},
-    {"thread", thread_open},
-    {"mpi", MPI_OPEN},
+    {"self", ifkv_comm_self_open}, {"thread", thread_open}, {"mpi", MPI_OPEN},
+    {"auto", auto_open},           {"nccl", nccl_open},
 };
 
 ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p) {
@@ -45,7 +68,8 @@ ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p) {
     for (size_t i = 0; i < sizeof communicators / sizeof *communicators; i++)
         if (!strcmp(name, communicators[i].name)) return communicators[i].open(comm_p);
     char quoted[IFKV_QUOTE_BYTES];
-    return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_COMM, "communicator: got \"%s\", expected self or mpi",
+    return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_COMM,
+                     "communicator: got \"%s\", expected self, mpi, nccl or auto",
                      ifkv_quote(name, strlen(name), quoted));
 }
 
@@ -62,23 +86,69 @@ int ifkv_comm_size(const ifkv_comm *comm) {
 }
 
 const char *ifkv_comm_name(const ifkv_comm *comm) {
-    return comm->ops->name;
+    return comm->is_nccl ? "nccl" : comm->ops->name;
+}
+
+ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, bool has_own_memory,
+                             ifkv_comm **data_p) {
+    if (comm->is_auto) comm->is_nccl = IFKV_HAVE_NCCL && backend->stream && has_own_memory;
+    IFKV_REQUIRE(backend->stream || !comm->is_nccl, IFKV_ERR_USAGE, IFKV_E_CONFLICT,
+                 "communicator nccl: got back end %s, expected one that computes on GPUs",
+                 backend->ops->name);
+    *data_p = comm;
+    if (!backend->stream) return IFKV_OK;
+    IFKV_TRY((comm->is_nccl ? NCCL_ATTACH : comm->ops->attach)(comm, backend, data_p));
+    (*data_p)->control = comm;
+    return IFKV_OK;
+}
+
+void ifkv_comm_detach(ifkv_comm *data) {
+    if (data && data->control) data->ops->close(data);
+}
+
+ifkv_status ifkv_comm_alloc(ifkv_comm *data, ifkv_backend *backend, size_t bytes, void **data_p) {
+    if (data->ops->alloc) return data->ops->alloc(data, bytes, data_p);
+    return backend->ops->alloc(backend, bytes, data_p);
+}
+
+void ifkv_comm_free(ifkv_comm *data, ifkv_backend *backend, void *memory) {
+    if (data->ops->free)
+        data->ops->free(data, memory);
+    else
+        backend->ops->free(backend, memory);
+}
+
+void ifkv_comm_set_timeout(ifkv_comm *comm, double seconds) {
+    comm->timeout_s = seconds;
+}
+
+/* Who carries host values. */
+static ifkv_comm *control_of(const ifkv_comm *comm) {
+    return comm->control ? comm->control : (ifkv_comm *)comm;
+}
+
+static void count(ifkv_comm *comm, size_t bytes) {
+    control_of(comm)->bytes_received += (int64_t)bytes;
 }
 
 int ifkv_comm_node_size(const ifkv_comm *comm) {
-    return comm->ops->node_size(comm);
+    return control_of(comm)->ops->node_size(control_of(comm));
+}
+
+int ifkv_comm_node_rank(const ifkv_comm *comm) {
+    return control_of(comm)->ops->node_rank(control_of(comm));
 }
 
 void ifkv_comm_abort(ifkv_comm *comm, ifkv_status status) {
-    comm->ops->abort(comm, status);
+    control_of(comm)->ops->abort(control_of(comm), status);
 }
 
 int64_t ifkv_comm_received(const ifkv_comm *comm) {
-    return comm->bytes_received;
+    return control_of(comm)->bytes_received;
 }
 
 ifkv_status ifkv_comm_barrier(ifkv_comm *comm) {
-    return comm->ops->barrier(comm);
+    return control_of(comm)->ops->barrier(control_of(comm));
 }
 
 ifkv_status ifkv_comm_bcast(ifkv_comm *comm, void *data, size_t bytes, int root) {
@@ -87,7 +157,7 @@ ifkv_status ifkv_comm_bcast(ifkv_comm *comm, void *data, size_t bytes, int root)
     IFKV_REQUIRE(root >= 0 && root < comm->size, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "bcast: root: got %d, expected 0 to %d", root, comm->size - 1);
     IFKV_TRY(comm->ops->bcast(comm, data, bytes, root));
-    if (comm->rank != root) comm->bytes_received += (int64_t)bytes;
+    if (comm->rank != root) count(comm, bytes);
     return IFKV_OK;
 }
 
@@ -100,12 +170,13 @@ ifkv_status ifkv_comm_gather(ifkv_comm *comm, const void *send, size_t bytes, vo
                  IFKV_E_VALUE, "gather: %zu pieces of %zu bytes exceed the address space", size,
                  bytes);
     char *to = recv;
+    comm = control_of(comm);
     if (bytes) memmove(to + rank * bytes, send, bytes);
     /* One bcast a rank: slower than all_gather by a few latencies, but needs no arrays of counts,
      * whose allocation could fail on one rank while the others already wait. */
     for (size_t r = 0; r < size; r++) {
         IFKV_TRY(comm->ops->bcast(comm, bytes ? to + r * bytes : to, bytes, (int)r));
-        if (r != rank) comm->bytes_received += (int64_t)bytes;
+        if (r != rank) count(comm, bytes);
     }
     return IFKV_OK;
 }
@@ -114,7 +185,7 @@ ifkv_status ifkv_comm_all_gather(ifkv_comm *comm, const void *send, void *recv, 
                                  const size_t *offset) {
     IFKV_TRY(comm->ops->all_gather(comm, send, recv, bytes, offset));
     for (int r = 0; r < comm->size; r++)
-        if (r != comm->rank) comm->bytes_received += (int64_t)bytes[r];
+        if (r != comm->rank) count(comm, bytes[r]);
     return IFKV_OK;
 }
 
@@ -124,12 +195,12 @@ ifkv_status ifkv_comm_all_to_all(ifkv_comm *comm, const void *send, const size_t
     IFKV_TRY(
         comm->ops->all_to_all(comm, send, send_bytes, send_offset, recv, recv_bytes, recv_offset));
     for (int r = 0; r < comm->size; r++)
-        if (r != comm->rank) comm->bytes_received += (int64_t)recv_bytes[r];
+        if (r != comm->rank) count(comm, recv_bytes[r]);
     return IFKV_OK;
 }
 
 ifkv_status ifkv_comm_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op) {
-    return comm->ops->all_reduce_i64(comm, value, n, op);
+    return control_of(comm)->ops->all_reduce_i64(control_of(comm), value, n, op);
 }
 
 ifkv_status ifkv_comm_shift_begin(ifkv_comm *comm, const void *send, size_t send_bytes, int to,
@@ -159,14 +230,14 @@ ifkv_status ifkv_comm_shift_wait(ifkv_comm *comm) {
                  "shift: waited for, but none was begun");
     comm->is_shifting = false;
     IFKV_TRY(comm->ops->shift_wait(comm));
-    if (comm->shift.from != comm->rank) comm->bytes_received += (int64_t)comm->shift.recv_bytes;
+    if (comm->shift.from != comm->rank) count(comm, comm->shift.recv_bytes);
     return IFKV_OK;
 }
 
 ifkv_status ifkv_comm_same(ifkv_comm *comm, uint64_t value, const char *what) {
     /* The minimum of ~value is ~maximum: one reduction gives both ends. */
     int64_t ends[2] = {(int64_t)value, (int64_t)~value};
-    IFKV_TRY(comm->ops->all_reduce_i64(comm, ends, 2, IFKV_REDUCE_MIN));
+    IFKV_TRY(ifkv_comm_all_reduce_i64(comm, ends, 2, IFKV_REDUCE_MIN));
     const uint64_t low = (uint64_t)ends[0], high = ~(uint64_t)ends[1];
     if (low == high) return IFKV_OK;
     IFKV_FAIL(IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
@@ -210,6 +281,7 @@ static ifkv_status fail_as(const error_note *note) {
 
 ifkv_status ifkv_comm_agree(ifkv_comm *comm, ifkv_status status, int *rank_p) {
     IFKV_REQUIRE(comm, IFKV_ERR_USAGE, IFKV_E_VALUE, "agree: communicator NULL");
+    comm = control_of(comm);
     const error_note mine = note_of(comm, status);
     error_note first = mine;
     int64_t lowest = status == IFKV_OK ? comm->size : comm->rank;

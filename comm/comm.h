@@ -2,19 +2,28 @@
  *
  * Owns order and sizes, knows nothing of what the bytes mean.  Every rank makes the same calls in
  * the same order with sizes that fit each other, zero bytes included.  All are Collective and
- * blocking unless marked; buffers are host memory, borrowed. A communicator in which a rank called
- * `abort`, or whose library failed, returns IFKV_ERR_PEER from then on.
+ * blocking unless marked; buffers are borrowed.  A communicator in which a rank called `abort`, or
+ * whose library failed, returns IFKV_ERR_PEER from then on.
+ *
+ * Buffers are host memory, until a back end is attached: that gives a second communicator of the
+ * same ranks for the back end's memory, whose movements come behind the back end's operations so
+ * far and before its next ones.  Only the movements are its own; the rest goes to the first, its
+ * control: host values that ranks agree on, and the count of bytes.  Where a back end computes in
+ * host memory the two are one.
  *
  * One movement is asynchronous, for work behind which it can hide: a shift.  Between its begin and
  * its wait there is no other call. */
 #ifndef IFKV_COMM_COMM_H
 #define IFKV_COMM_COMM_H
 
+#include "backend.h"
 #include "status.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+enum { IFKV_COMM_TIMEOUT_S = 300 };
 
 typedef enum ifkv_reduce { IFKV_REDUCE_MIN, IFKV_REDUCE_MAX, IFKV_REDUCE_SUM } ifkv_reduce;
 
@@ -27,13 +36,15 @@ typedef struct ifkv_shift {
     int to, from;
 } ifkv_shift;
 
+/* A communicator for back-end memory fills what comes before `barrier`; the rest is its control's.
+ */
 typedef struct ifkv_comm_ops {
     const char *name; /* "self", "thread", "mpi" */
     void (*close)(ifkv_comm *comm);
-    ifkv_status (*barrier)(ifkv_comm *comm);
     ifkv_status (*bcast)(ifkv_comm *comm, void *data, size_t bytes, int root);
     /* Every rank receives every rank's piece: rank r's send_bytes = bytes[r] lands at recv +
-     * offset[r]. bytes, offset [size]. send may be recv + offset[rank] (in place). */
+     * offset[r].  bytes, offset [size], the same on every rank.  send may be recv + offset[rank]
+     * (in place). */
     ifkv_status (*all_gather)(ifkv_comm *comm, const void *send, void *recv, const size_t *bytes,
                               const size_t *offset);
     /* Rank r sends send_bytes[q] bytes at send + send_offset[q] to rank q, and receives
@@ -42,15 +53,23 @@ typedef struct ifkv_comm_ops {
     ifkv_status (*all_to_all)(ifkv_comm *comm, const void *send, const size_t *send_bytes,
                               const size_t *send_offset, void *recv, const size_t *recv_bytes,
                               const size_t *recv_offset);
-    ifkv_status (*all_reduce_i64)(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op);
     /* Start comm->shift, and wait until it is done.  Local and Collective: whether the peers' sizes
      * fit shows in wait. */
     ifkv_status (*shift_begin)(ifkv_comm *comm);
     ifkv_status (*shift_wait)(ifkv_comm *comm);
+    /* Memory that moves best, and its release; NULL: the back end's own.  Local. */
+    ifkv_status (*alloc)(ifkv_comm *comm, size_t bytes, void **data_p);
+    void (*free)(ifkv_comm *comm, void *data);
+
+    ifkv_status (*barrier)(ifkv_comm *comm);
+    ifkv_status (*all_reduce_i64)(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op);
+    /* Open the communicator for a back end's memory, which is not the host's. */
+    ifkv_status (*attach)(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p);
     /* Local: tell the peers that this rank will not come to the next collective. */
     void (*abort)(ifkv_comm *comm, ifkv_status status);
-    /* Local: ranks on this node, this one included. */
+    /* Local: ranks on this node, this one included, and its place among them. */
     int (*node_size)(const ifkv_comm *comm);
+    int (*node_rank)(const ifkv_comm *comm);
 } ifkv_comm_ops;
 
 struct ifkv_comm {
@@ -59,8 +78,24 @@ struct ifkv_comm {
     int64_t bytes_received; /* from other ranks, since the caller last set it to 0; payload of all
                                calls but barrier and agree */
     bool is_shifting;
-    ifkv_shift shift; /* the one under way */
+    ifkv_shift shift;   /* the one under way */
+    ifkv_comm *control; /* borrowed: see above; NULL: buffers are host memory */
+    bool is_auto;       /* attach decides is_nccl */
+    bool is_nccl;       /* back-end memory moves by NCCL, host memory by ops */
+    double timeout_s;   /* see ifkv_comm_set_timeout; 0: the default */
 };
+
+/* Open the communicator for the memory of a back end, which is borrowed until detach; comm itself
+ * where that is host memory.  has_own_memory: no two ranks compute in one memory, without which
+ * NCCL does not work; the same on every rank.  Collective. */
+ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, bool has_own_memory,
+                             ifkv_comm **data_p);
+/* Close it, before the back end and comm.  NULL is accepted.  Collective, but returns without the
+ * peers after a while. */
+void ifkv_comm_detach(ifkv_comm *data);
+/* Memory of an attached back end, released before detach.  Local. */
+ifkv_status ifkv_comm_alloc(ifkv_comm *data, ifkv_backend *backend, size_t bytes, void **data_p);
+void ifkv_comm_free(ifkv_comm *data, ifkv_backend *backend, void *memory);
 
 ifkv_status ifkv_comm_barrier(ifkv_comm *comm);
 ifkv_status ifkv_comm_all_gather(ifkv_comm *comm, const void *send, void *recv, const size_t *bytes,
@@ -82,10 +117,13 @@ void ifkv_comm_abort(ifkv_comm *comm, ifkv_status status);
 /* bytes_received, of calls on back-end memory too.  Local. */
 int64_t ifkv_comm_received(const ifkv_comm *comm);
 int ifkv_comm_node_size(const ifkv_comm *comm);
+int ifkv_comm_node_rank(const ifkv_comm *comm);
 
 /* Implemented by comm_self.c and comm_mpi.c; called by ifkv_comm_open only. */
 ifkv_status ifkv_comm_self_open(ifkv_comm **comm_p);
 ifkv_status ifkv_comm_mpi_open(ifkv_comm **comm_p);
+/* Implemented by comm_nccl.c, over any communicator; called by ifkv_comm_attach only. */
+ifkv_status ifkv_comm_nccl_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,5 @@
-/* The communicator "mpi": host memory over a duplicate of MPI_COMM_WORLD.
+/* The communicator "mpi": host memory over a duplicate of MPI_COMM_WORLD, and back-end memory over
+ * another, staged in host memory.
  *
  * Owns the duplicate and the requests, allocated at open; a collective allocates nothing.  Never
  * calls MPI_Init or MPI_Finalize and leaves the host's error handlers alone: only the duplicate
@@ -7,7 +8,10 @@
  * of which one is zero leave a rank waiting, as MPI itself would, except in a shift, whose first
  * message is sent even if it is empty.  After an MPI error every call
  * returns IFKV_ERR_PEER, and buffers of the failed call may still be in use: the host then ends the
- * job.  Calls come from the thread that opened it. */
+ * job.  Calls come from the thread that opened it.
+ *
+ * Back-end memory passes through host memory message by message, so its messages are short: each is
+ * downloaded before it is sent and uploaded when it has come, by the back end. */
 #include "comm.h"
 #include "mpi_check.h"
 
@@ -17,18 +21,50 @@
 enum {
     TAG = 17, /* any: MPI keeps the order of messages between two ranks */
     SHIFT_TAG,
-    MAX_MESSAGE = 1 << 30
+    MAX_MESSAGE = 1 << 30,
+    MAX_STAGED = 1 << 20 /* long enough for the rate of the bus, and of short messages */
 };
 
 typedef struct mpi_comm {
     ifkv_comm base;
     MPI_Comm mpi; /* owned */
     size_t max_message;
-    int node_size;
+    int node_size, node_rank;
     bool is_broken;
     MPI_Request *requests;          /* [2 size] owned; receives at 2r, sends at 2r + 1 */
     MPI_Request receiving, sending; /* of a shift */
+    ifkv_backend *backend;          /* borrowed: whose memory it moves; NULL: the host's */
+    char *stage; /* owned: [2 size, max_message] messages, received and sent, by peer; NULL: none */
 } mpi_comm;
+
+/* Where the message of a peer lies for MPI: in its stage, or where the caller has it. */
+static void *in_stage(const mpi_comm *self, int peer, void *place) {
+    return self->backend ? self->stage + 2 * (size_t)peer * self->max_message : place;
+}
+static char *out_stage(const mpi_comm *self, int peer) {
+    return self->stage + (2 * (size_t)peer + 1) * self->max_message;
+}
+
+static ifkv_status stage_out(mpi_comm *self, int peer, const void *place, int n,
+                             const void **message_p) {
+    *message_p = place;
+    if (!self->backend) return IFKV_OK;
+    *message_p = out_stage(self, peer);
+    return self->backend->ops->download(self->backend, out_stage(self, peer), place, (size_t)n);
+}
+
+static ifkv_status unstage(mpi_comm *self, int peer, void *place, int n) {
+    if (!self->backend) return IFKV_OK;
+    return self->backend->ops->upload(self->backend, place, in_stage(self, peer, NULL), (size_t)n);
+}
+
+/* This rank's own piece; the ends may overlap. */
+static ifkv_status copy_own(mpi_comm *self, void *to, const void *from, size_t bytes) {
+    if (!bytes || to == from) return IFKV_OK;
+    if (self->backend) return self->backend->ops->copy(self->backend, to, from, bytes);
+    memmove(to, from, bytes);
+    return IFKV_OK;
+}
 
 static ifkv_status mpi_usable(const mpi_comm *self) {
     IFKV_REQUIRE(!self->is_broken, IFKV_ERR_PEER, IFKV_E_COMM_PEER,
@@ -44,6 +80,7 @@ static ifkv_status mpi_note(mpi_comm *self, ifkv_status status) {
 
 static void mpi_release(mpi_comm *self) {
     free(self->requests);
+    free(self->stage);
     free(self);
 }
 
@@ -68,8 +105,12 @@ static ifkv_status mpi_bcast(ifkv_comm *comm, void *data, size_t bytes, int root
     IFKV_TRY(mpi_usable(self));
     for (size_t done = 0; done < bytes;) {
         const int n = ifkv_mpi_chunk(bytes - done, self->max_message);
+        char *place = (char *)data + done;
+        const void *message = in_stage(self, root, place);
+        if (comm->rank == root) IFKV_TRY(mpi_note(self, stage_out(self, root, place, n, &message)));
         IFKV_TRY(
-            mpi_note(self, IFKV_MPI(MPI_Bcast((char *)data + done, n, MPI_BYTE, root, self->mpi))));
+            mpi_note(self, IFKV_MPI(MPI_Bcast((void *)message, n, MPI_BYTE, root, self->mpi))));
+        if (comm->rank != root) IFKV_TRY(mpi_note(self, unstage(self, root, place, n)));
         done += (size_t)n;
     }
     return IFKV_OK;
@@ -95,18 +136,22 @@ static ifkv_status post_round(mpi_comm *self, const pieces *p, size_t done, bool
         const int r = (rank + size - step) % size;
         if (done >= p->recv_bytes[r]) continue;
         const int n = ifkv_mpi_chunk(p->recv_bytes[r] - done, self->max_message);
-        IFKV_TRY(IFKV_MPI(MPI_Irecv(p->recv + p->recv_offset[r] + done, n, MPI_BYTE, r, TAG,
-                                    self->mpi, &self->requests[2 * r])));
+        void *message = in_stage(self, r, p->recv + p->recv_offset[r] + done);
+        IFKV_TRY(
+            IFKV_MPI(MPI_Irecv(message, n, MPI_BYTE, r, TAG, self->mpi, &self->requests[2 * r])));
         *is_busy_p = true;
     }
+    const void *message = NULL;
     for (int step = 1; step < size; step++) {
         const int r = (rank + step) % size;
         const size_t bytes = p->send_bytes ? p->send_bytes[r] : p->same_bytes;
         const size_t offset = p->send_offset ? p->send_offset[r] : 0;
         if (done >= bytes) continue;
         const int n = ifkv_mpi_chunk(bytes - done, self->max_message);
-        IFKV_TRY(IFKV_MPI(MPI_Isend(p->send + offset + done, n, MPI_BYTE, r, TAG, self->mpi,
-                                    &self->requests[2 * r + 1])));
+        if (!message || p->send_bytes) /* the same piece is staged once */
+            IFKV_TRY(stage_out(self, r, p->send + offset + done, n, &message));
+        IFKV_TRY(IFKV_MPI(
+            MPI_Isend(message, n, MPI_BYTE, r, TAG, self->mpi, &self->requests[2 * r + 1])));
         *is_busy_p = true;
     }
     return IFKV_OK;
@@ -136,6 +181,7 @@ static ifkv_status wait_round(mpi_comm *self, const pieces *p, size_t done) {
         if (self->requests[2 * r] == MPI_REQUEST_NULL) continue;
         const int expected = ifkv_mpi_chunk(p->recv_bytes[r] - done, self->max_message);
         IFKV_TRY(wait_message(self, &self->requests[2 * r], r, expected));
+        IFKV_TRY(unstage(self, r, p->recv + p->recv_offset[r] + done, expected));
     }
     for (int r = 0; r < self->base.size; r++)
         if (self->requests[2 * r + 1] != MPI_REQUEST_NULL)
@@ -172,8 +218,8 @@ static ifkv_status mpi_all_to_all(ifkv_comm *comm, const void *send, const size_
     IFKV_REQUIRE(send_bytes[me] == recv_bytes[me], IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
                  "all_to_all: rank %d sends %zu bytes to rank %d, which expects %zu", me,
                  send_bytes[me], me, recv_bytes[me]);
-    if (recv_bytes[me]) memmove(p.recv + recv_offset[me], p.send + send_offset[me], recv_bytes[me]);
-    return IFKV_OK;
+    if (!recv_bytes[me]) return IFKV_OK;
+    return copy_own(self, p.recv + recv_offset[me], p.send + send_offset[me], recv_bytes[me]);
 }
 
 /* Pairs of messages instead of MPI_Allgatherv: its int displacements would need a second path for
@@ -189,8 +235,7 @@ static ifkv_status mpi_all_gather(ifkv_comm *comm, const void *send, void *recv,
                       .recv_offset = offset};
     IFKV_TRY(mpi_usable(self));
     IFKV_TRY(exchange(self, &p));
-    if (bytes[me] && p.recv + offset[me] != p.send) memmove(p.recv + offset[me], send, bytes[me]);
-    return IFKV_OK;
+    return bytes[me] ? copy_own(self, p.recv + offset[me], send, bytes[me]) : IFKV_OK;
 }
 
 /* Start the messages of a shift that begin `done` bytes into it. */
@@ -198,13 +243,16 @@ static ifkv_status post_shift(mpi_comm *self, size_t done) {
     const ifkv_shift *shift = &self->base.shift;
     if (!done || done < shift->recv_bytes) {
         const int n = ifkv_mpi_chunk(shift->recv_bytes - done, self->max_message);
-        IFKV_TRY(IFKV_MPI(MPI_Irecv((char *)shift->recv + done, n, MPI_BYTE, shift->from, SHIFT_TAG,
-                                    self->mpi, &self->receiving)));
+        void *message = in_stage(self, shift->from, (char *)shift->recv + done);
+        IFKV_TRY(IFKV_MPI(
+            MPI_Irecv(message, n, MPI_BYTE, shift->from, SHIFT_TAG, self->mpi, &self->receiving)));
     }
     if (!done || done < shift->send_bytes) {
         const int n = ifkv_mpi_chunk(shift->send_bytes - done, self->max_message);
-        IFKV_TRY(IFKV_MPI(MPI_Isend((const char *)shift->send + done, n, MPI_BYTE, shift->to,
-                                    SHIFT_TAG, self->mpi, &self->sending)));
+        const void *message = NULL;
+        IFKV_TRY(stage_out(self, shift->to, (const char *)shift->send + done, n, &message));
+        IFKV_TRY(IFKV_MPI(
+            MPI_Isend(message, n, MPI_BYTE, shift->to, SHIFT_TAG, self->mpi, &self->sending)));
     }
     return IFKV_OK;
 }
@@ -214,6 +262,7 @@ static ifkv_status wait_shift(mpi_comm *self, size_t done) {
     if (self->receiving != MPI_REQUEST_NULL) {
         const int expected = ifkv_mpi_chunk(shift->recv_bytes - done, self->max_message);
         IFKV_TRY(wait_message(self, &self->receiving, shift->from, expected));
+        IFKV_TRY(unstage(self, shift->from, (char *)shift->recv + done, expected));
     }
     if (self->sending != MPI_REQUEST_NULL)
         IFKV_TRY(wait_message(self, &self->sending, shift->to, -1));
@@ -237,8 +286,7 @@ static ifkv_status mpi_shift_wait(ifkv_comm *comm) {
         IFKV_REQUIRE(shift->send_bytes == shift->recv_bytes, IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
                      "shift: rank %d sends itself %zu bytes and expects %zu", comm->rank,
                      shift->send_bytes, shift->recv_bytes);
-        if (shift->recv_bytes) memcpy(shift->recv, shift->send, shift->recv_bytes);
-        return IFKV_OK;
+        return copy_own(self, shift->recv, shift->send, shift->recv_bytes);
     }
     IFKV_TRY(mpi_note(self, wait_shift(self, 0)));
     for (size_t done = self->max_message; done < shift->recv_bytes || done < shift->send_bytes;
@@ -273,9 +321,16 @@ static int mpi_node_size(const ifkv_comm *comm) {
     return ((const mpi_comm *)comm)->node_size;
 }
 
+static int mpi_node_rank(const ifkv_comm *comm) {
+    return ((const mpi_comm *)comm)->node_rank;
+}
+
+static ifkv_status mpi_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p);
+
 static const ifkv_comm_ops mpi_ops = {
     .name = "mpi",
     .close = mpi_close,
+    .attach = mpi_attach,
     .barrier = mpi_barrier,
     .bcast = mpi_bcast,
     .all_gather = mpi_all_gather,
@@ -285,6 +340,7 @@ static const ifkv_comm_ops mpi_ops = {
     .shift_wait = mpi_shift_wait,
     .abort = mpi_abort,
     .node_size = mpi_node_size,
+    .node_rank = mpi_node_rank,
 };
 
 /* A variable's value as a count; -1 if it is not set or no number. */
@@ -339,45 +395,49 @@ static ifkv_status check_host(void) {
     return ifkv_mpi_check_launch(world_size);
 }
 
-static ifkv_status count_node(MPI_Comm mpi, int *n_p) {
+static ifkv_status look_at_node(mpi_comm *self) {
     MPI_Comm node = MPI_COMM_NULL;
-    IFKV_TRY(IFKV_MPI(MPI_Comm_split_type(mpi, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node)));
-    IFKV_TRY(IFKV_MPI(MPI_Comm_size(node, n_p)));
+    IFKV_TRY(
+        IFKV_MPI(MPI_Comm_split_type(self->mpi, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node)));
+    IFKV_TRY(IFKV_MPI(MPI_Comm_size(node, &self->node_size)));
+    IFKV_TRY(IFKV_MPI(MPI_Comm_rank(node, &self->node_rank)));
     return IFKV_MPI(MPI_Comm_free(&node));
 }
 
 /* Everything of this rank in host memory, or NULL. */
-static mpi_comm *create(int size) {
+static mpi_comm *create(int size, size_t max_message, ifkv_backend *backend) {
     mpi_comm *self = calloc(1, sizeof *self);
     if (!self) return NULL;
+    self->backend = backend;
+    self->max_message = max_message;
     self->requests = malloc(2 * (size_t)size * sizeof *self->requests);
-    if (self->requests) return self;
+    if (backend) self->stage = malloc(2 * (size_t)size * max_message);
+    if (self->requests && (self->stage || !backend)) return self;
     mpi_release(self);
     return NULL;
 }
 
-static ifkv_status describe(mpi_comm *self, MPI_Comm mpi, size_t max_message) {
+static ifkv_status describe(mpi_comm *self, MPI_Comm mpi) {
     self->base.ops = &mpi_ops;
     self->mpi = mpi;
     self->receiving = self->sending = MPI_REQUEST_NULL;
-    self->max_message = max_message;
     IFKV_TRY(IFKV_MPI(MPI_Comm_rank(mpi, &self->base.rank)));
     IFKV_TRY(IFKV_MPI(MPI_Comm_size(mpi, &self->base.size)));
-    return count_node(mpi, &self->node_size);
+    return look_at_node(self);
 }
 
 /* Memory is asked for behind the duplication, and the answer shared: it can fail on one rank alone,
  * and the others must not be left waiting. */
-ifkv_status ifkv_comm_mpi_open_chunked(size_t max_message, ifkv_comm **comm_p) {
+static ifkv_status open_over(MPI_Comm parent, size_t max_message, ifkv_backend *backend,
+                             ifkv_comm **comm_p) {
     ifkv_status status = IFKV_OK;
     MPI_Comm mpi = MPI_COMM_NULL;
     mpi_comm *self = NULL;
     int size = 0;
-    IFKV_TRY(check_host());
-    IFKV_TRY(IFKV_MPI(MPI_Comm_dup(MPI_COMM_WORLD, &mpi)));
+    IFKV_TRY(IFKV_MPI(MPI_Comm_dup(parent, &mpi)));
     IFKV_TRY_GOTO(status, IFKV_MPI(MPI_Comm_set_errhandler(mpi, MPI_ERRORS_RETURN)), err_free_mpi);
     IFKV_TRY_GOTO(status, IFKV_MPI(MPI_Comm_size(mpi, &size)), err_free_mpi);
-    self = create(size);
+    self = create(size, max_message, backend);
     int is_ready = self != NULL;
     IFKV_TRY_GOTO(status,
                   IFKV_MPI(MPI_Allreduce(MPI_IN_PLACE, &is_ready, 1, MPI_INT, MPI_MIN, mpi)),
@@ -387,7 +447,7 @@ ifkv_status ifkv_comm_mpi_open_chunked(size_t max_message, ifkv_comm **comm_p) {
                            "communicator mpi: out of host memory on a rank");
         goto err_release;
     }
-    IFKV_TRY_GOTO(status, describe(self, mpi, max_message), err_release);
+    IFKV_TRY_GOTO(status, describe(self, mpi), err_release);
     *comm_p = &self->base;
     return IFKV_OK;
 err_release:
@@ -397,6 +457,18 @@ err_free_mpi:
     return status;
 }
 
+ifkv_status ifkv_comm_mpi_open_chunked(size_t max_message, ifkv_comm **comm_p) {
+    IFKV_TRY(check_host());
+    return open_over(MPI_COMM_WORLD, max_message, NULL, comm_p);
+}
+
 ifkv_status ifkv_comm_mpi_open(ifkv_comm **comm_p) {
     return ifkv_comm_mpi_open_chunked(MAX_MESSAGE, comm_p);
+}
+
+static ifkv_status mpi_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p) {
+    mpi_comm *self = (mpi_comm *)comm;
+    IFKV_TRY(mpi_usable(self));
+    const size_t max = self->max_message < MAX_STAGED ? self->max_message : MAX_STAGED;
+    return mpi_note(self, open_over(self->mpi, max, backend, data_p));
 }

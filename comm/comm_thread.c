@@ -5,7 +5,10 @@
  * against each other, so that calls or sizes that do not fit give the same error on every rank
  * instead of a hang or an overrun.  A meeting ends with an error once a rank has aborted or
  * returned: it can never come.  A parting waits without exception, because the peers read my
- * buffers until then, and all who met do come.  The only file that knows threads; no statics. */
+ * buffers until then, and all who met do come.  Back-end memory is moved in the same meetings: each
+ * rank's back end copies out of the peers' memory, after it has waited for its own operations
+ * before the meeting, and for the copies before the parting.  The only file that knows threads; no
+ * statics. */
 #include "comm.h"
 
 #include <pthread.h>
@@ -30,6 +33,7 @@ static const char *const call_names[] = {"barrier",    "bcast",      "all_gather
 /* The arguments of one rank's call; everything borrowed until the rank has parted. */
 typedef struct slot {
     call call;
+    bool is_host; /* buffers are host memory */
     const void *send;
     size_t bytes;              /* bcast */
     int root;                  /* bcast */
@@ -44,8 +48,17 @@ typedef struct slot {
 
 typedef struct thread_group thread_group;
 
-typedef struct thread_comm {
+typedef struct thread_comm thread_comm;
+
+/* What a caller holds: a rank's communicator for host memory, or for that of a back end. */
+typedef struct thread_port {
     ifkv_comm base;
+    thread_comm *self;     /* borrowed */
+    ifkv_backend *backend; /* borrowed: whose memory it moves; NULL: the host's */
+} thread_port;
+
+struct thread_comm {
+    thread_port port;
     thread_group *group; /* borrowed */
     slot slot;
     pthread_t thread;
@@ -55,7 +68,7 @@ typedef struct thread_comm {
     int code, line;
     const char *file; /* borrowed, static */
     char text[ERROR_TEXT_BYTES];
-} thread_comm;
+};
 
 struct thread_group {
     pthread_mutex_t mutex;
@@ -198,6 +211,9 @@ static ifkv_status check_calls(const thread_group *group) {
         IFKV_REQUIRE(first == other, IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
                      "rank 0 calls %s while rank %d calls %s", call_names[first], r,
                      call_names[other]);
+        IFKV_REQUIRE(group->ranks[0].slot.is_host == group->ranks[r].slot.is_host,
+                     IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
+                     "%s: rank 0 and rank %d move memory of different kinds", call_names[first], r);
     }
     switch (first) {
     case CALL_BARRIER: return IFKV_OK;
@@ -210,9 +226,22 @@ static ifkv_status check_calls(const thread_group *group) {
     return IFKV_OK;
 }
 
-/* Meet and check.  On success the caller copies and then parts. */
-static ifkv_status begin_call(thread_comm *self, const slot *mine) {
-    IFKV_TRY(meet(self, mine));
+static thread_comm *self_of(const ifkv_comm *comm) {
+    return ((const thread_port *)comm)->self;
+}
+
+/* Wait for the operations on back-end memory; nothing on the host's. */
+static ifkv_status sync_memory(const ifkv_comm *comm) {
+    ifkv_backend *backend = ((const thread_port *)comm)->backend;
+    return backend ? backend->ops->sync(backend) : IFKV_OK;
+}
+
+/* Meet and check.  On success the caller copies and then ends the call. */
+static ifkv_status begin_call(const ifkv_comm *comm, slot mine) {
+    thread_comm *self = self_of(comm);
+    mine.is_host = !((const thread_port *)comm)->backend;
+    IFKV_TRY(sync_memory(comm)); /* the peers will read it */
+    IFKV_TRY(meet(self, &mine));
     const ifkv_status status = check_calls(self->group);
     if (status == IFKV_OK) return IFKV_OK;
     ifkv_error_share(0);
@@ -220,63 +249,84 @@ static ifkv_status begin_call(thread_comm *self, const slot *mine) {
     return status;
 }
 
-static void copy_in(void *recv, size_t offset, const void *from, size_t from_offset, size_t bytes) {
-    if (!bytes) return; /* pointers may be NULL */
-    char *to = (char *)recv + offset;
-    const char *source = (const char *)from + from_offset;
-    if (to != source) memmove(to, source, bytes);
+/* Part, also after a copy that failed. */
+static ifkv_status end_call(const ifkv_comm *comm, ifkv_status status) {
+    if (status == IFKV_OK) status = sync_memory(comm);
+    part(self_of(comm));
+    return status;
 }
 
+static ifkv_status copy_in(const ifkv_comm *comm, void *recv, size_t offset, const void *from,
+                           size_t from_offset, size_t bytes) {
+    ifkv_backend *backend = ((const thread_port *)comm)->backend;
+    if (!bytes) return IFKV_OK; /* pointers may be NULL */
+    char *to = (char *)recv + offset;
+    const char *source = (const char *)from + from_offset;
+    if (to == source) return IFKV_OK;
+    if (backend) return backend->ops->copy(backend, to, source, bytes);
+    memmove(to, source, bytes);
+    return IFKV_OK;
+}
+
+/* The group owns its ranks; ifkv_comm_thread_run releases them. */
 static void thread_close(ifkv_comm *comm) {
-    (void)comm; /* the group owns its ranks; ifkv_comm_thread_run releases them */
+    if (comm->control) free(comm);
+}
+
+static ifkv_status thread_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p) {
+    thread_port *port = malloc(sizeof *port);
+    IFKV_REQUIRE(port, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "communicator thread: out of host memory");
+    *port = (thread_port){
+        .base = {.ops = comm->ops, .rank = comm->rank, .size = comm->size},
+        .self = self_of(comm),
+        .backend = backend,
+    };
+    *data_p = &port->base;
+    return IFKV_OK;
 }
 
 static ifkv_status thread_barrier(ifkv_comm *comm) {
-    thread_comm *self = (thread_comm *)comm;
-    const slot mine = {.call = CALL_BARRIER};
-    IFKV_TRY(begin_call(self, &mine));
-    part(self);
-    return IFKV_OK;
+    IFKV_TRY(begin_call(comm, (slot){.call = CALL_BARRIER}));
+    return end_call(comm, IFKV_OK);
 }
 
 static ifkv_status thread_bcast(ifkv_comm *comm, void *data, size_t bytes, int root) {
-    thread_comm *self = (thread_comm *)comm;
-    const slot mine = {.call = CALL_BCAST, .send = data, .bytes = bytes, .root = root};
-    IFKV_TRY(begin_call(self, &mine));
-    if (comm->rank != root) copy_in(data, 0, self->group->ranks[root].slot.send, 0, bytes);
-    part(self);
-    return IFKV_OK;
+    const thread_group *group = self_of(comm)->group;
+    ifkv_status status = IFKV_OK;
+    IFKV_TRY(
+        begin_call(comm, (slot){.call = CALL_BCAST, .send = data, .bytes = bytes, .root = root}));
+    if (comm->rank != root) status = copy_in(comm, data, 0, group->ranks[root].slot.send, 0, bytes);
+    return end_call(comm, status);
 }
 
 static ifkv_status thread_all_gather(ifkv_comm *comm, const void *send, void *recv,
                                      const size_t *bytes, const size_t *offset) {
-    thread_comm *self = (thread_comm *)comm;
-    const slot mine = {.call = CALL_ALL_GATHER, .send = send, .send_bytes = bytes};
-    IFKV_TRY(begin_call(self, &mine));
-    for (int r = 0; r < comm->size; r++)
-        copy_in(recv, offset[r], self->group->ranks[r].slot.send, 0, bytes[r]);
-    part(self);
-    return IFKV_OK;
+    const thread_group *group = self_of(comm)->group;
+    ifkv_status status = IFKV_OK;
+    IFKV_TRY(begin_call(comm, (slot){.call = CALL_ALL_GATHER, .send = send, .send_bytes = bytes}));
+    for (int r = 0; r < comm->size && status == IFKV_OK; r++)
+        status = copy_in(comm, recv, offset[r], group->ranks[r].slot.send, 0, bytes[r]);
+    return end_call(comm, status);
 }
 
 static ifkv_status thread_all_to_all(ifkv_comm *comm, const void *send, const size_t *send_bytes,
                                      const size_t *send_offset, void *recv,
                                      const size_t *recv_bytes, const size_t *recv_offset) {
-    thread_comm *self = (thread_comm *)comm;
-    const slot mine = {.call = CALL_ALL_TO_ALL,
-                       .send = send,
-                       .send_bytes = send_bytes,
-                       .send_offset = send_offset,
-                       .recv_bytes = recv_bytes};
-    IFKV_TRY(begin_call(self, &mine));
-    for (int r = 0; r < comm->size; r++) {
-        const slot *from = &self->group->ranks[r].slot;
+    const thread_group *group = self_of(comm)->group;
+    ifkv_status status = IFKV_OK;
+    IFKV_TRY(begin_call(comm, (slot){.call = CALL_ALL_TO_ALL,
+                                     .send = send,
+                                     .send_bytes = send_bytes,
+                                     .send_offset = send_offset,
+                                     .recv_bytes = recv_bytes}));
+    for (int r = 0; r < comm->size && status == IFKV_OK; r++) {
+        const slot *from = &group->ranks[r].slot;
         /* an offset of an empty piece is never read: it need not be a place */
         if (recv_bytes[r])
-            copy_in(recv, recv_offset[r], from->send, from->send_offset[comm->rank], recv_bytes[r]);
+            status = copy_in(comm, recv, recv_offset[r], from->send, from->send_offset[comm->rank],
+                             recv_bytes[r]);
     }
-    part(self);
-    return IFKV_OK;
+    return end_call(comm, status);
 }
 
 /* Nothing moves behind the work of a rank here: what is begun is copied in the wait, where all
@@ -287,13 +337,11 @@ static ifkv_status thread_shift_begin(ifkv_comm *comm) {
 }
 
 static ifkv_status thread_shift_wait(ifkv_comm *comm) {
-    thread_comm *self = (thread_comm *)comm;
-    const slot mine = {.call = CALL_SHIFT, .shift = comm->shift};
-    IFKV_TRY(begin_call(self, &mine));
-    const ifkv_shift *from = &self->group->ranks[comm->shift.from].slot.shift;
-    copy_in(comm->shift.recv, 0, from->send, 0, comm->shift.recv_bytes);
-    part(self);
-    return IFKV_OK;
+    const thread_group *group = self_of(comm)->group;
+    IFKV_TRY(begin_call(comm, (slot){.call = CALL_SHIFT, .shift = comm->shift}));
+    const ifkv_shift *from = &group->ranks[comm->shift.from].slot.shift;
+    return end_call(comm,
+                    copy_in(comm, comm->shift.recv, 0, from->send, 0, comm->shift.recv_bytes));
 }
 
 static int64_t reduce_two(int64_t a, int64_t b, ifkv_reduce op) {
@@ -306,10 +354,9 @@ static int64_t reduce_two(int64_t a, int64_t b, ifkv_reduce op) {
 }
 
 static ifkv_status thread_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op) {
-    thread_comm *self = (thread_comm *)comm;
+    thread_comm *self = self_of(comm);
     const thread_group *group = self->group;
-    const slot mine = {.call = CALL_ALL_REDUCE, .value = value, .n = n, .op = op};
-    IFKV_TRY(begin_call(self, &mine));
+    IFKV_TRY(begin_call(comm, (slot){.call = CALL_ALL_REDUCE, .value = value, .n = n, .op = op}));
     if (n <= 0) part(self);
     /* In place, so a block may be overwritten only after all have read it; blocks bound the copy.
      */
@@ -328,17 +375,21 @@ static ifkv_status thread_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n,
 
 static void thread_abort(ifkv_comm *comm, ifkv_status status) {
     /* IFKV_OK would read as a rank that returned */
-    leave(((thread_comm *)comm)->group, comm->rank,
-          status == IFKV_OK ? IFKV_ERR_UNEXPECTED : status);
+    leave(self_of(comm)->group, comm->rank, status == IFKV_OK ? IFKV_ERR_UNEXPECTED : status);
 }
 
 static int thread_node_size(const ifkv_comm *comm) {
     return comm->size;
 }
 
+static int thread_node_rank(const ifkv_comm *comm) {
+    return comm->rank;
+}
+
 static const ifkv_comm_ops thread_ops = {
     .name = "thread",
     .close = thread_close,
+    .attach = thread_attach,
     .barrier = thread_barrier,
     .bcast = thread_bcast,
     .all_gather = thread_all_gather,
@@ -348,6 +399,7 @@ static const ifkv_comm_ops thread_ops = {
     .shift_wait = thread_shift_wait,
     .abort = thread_abort,
     .node_size = thread_node_size,
+    .node_rank = thread_node_rank,
 };
 
 /* Keep a rank's error past the end of its thread, whose last error dies with it. */
@@ -361,16 +413,16 @@ static void keep_error(thread_comm *self) {
     } else { /* the rank function returned a status that it did not report */
         self->file = __FILE__;
         self->line = __LINE__;
-        snprintf(self->text, sizeof self->text, "rank %d returned status %s", self->base.rank,
+        snprintf(self->text, sizeof self->text, "rank %d returned status %s", self->port.base.rank,
                  ifkv_status_name(self->status));
     }
 }
 
 static void *rank_main(void *arg) {
     thread_comm *self = arg;
-    self->status = self->fn(&self->base, self->arg);
+    self->status = self->fn(&self->port.base, self->arg);
     if (self->status != IFKV_OK) keep_error(self);
-    leave(self->group, self->base.rank, self->status);
+    leave(self->group, self->port.base.rank, self->status);
     return NULL;
 }
 
@@ -416,10 +468,12 @@ ifkv_status ifkv_comm_thread_run(int size, ifkv_rank_fn fn, void *arg) {
     pthread_mutex_init(&group.mutex, NULL);
     pthread_cond_init(&group.moved, NULL);
     for (int r = 0; r < size; r++)
-        group.ranks[r] = (thread_comm){.base = {.ops = &thread_ops, .rank = r, .size = size},
-                                       .group = &group,
-                                       .fn = fn,
-                                       .arg = arg};
+        group.ranks[r] =
+            (thread_comm){.port = {.base = {.ops = &thread_ops, .rank = r, .size = size},
+                                   .self = &group.ranks[r]},
+                          .group = &group,
+                          .fn = fn,
+                          .arg = arg};
     IFKV_TRY_GOTO(status, run_ranks(&group), err_fini);
     const int first = first_failure(&group);
     if (first >= 0) {

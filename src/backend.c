@@ -1,4 +1,5 @@
-/* Opening back ends by name, and the one conditional that says which were built.
+/* Opening back ends by name, the one conditional that says which were built, and the check of
+ * operands that they share.
  *
  * Owns the list of names.  Knows nothing of what a back end does. */
 #include "backend.h"
@@ -6,35 +7,45 @@
 #include <string.h>
 
 #if IFKV_HAVE_CUDA
-ifkv_status ifkv_cuda_backend_open(int n_thread, ifkv_backend **backend_p);
 #define CUDA_OPEN ifkv_cuda_backend_open
+#define CUDA_IS_WANTED ifkv_cuda_backend_is_wanted
 #else
-static ifkv_status no_cuda_open(int n_thread, ifkv_backend **backend_p) {
-    (void)n_thread, (void)backend_p;
+static ifkv_status no_cuda_open(int n_thread, int node_rank, ifkv_backend **backend_p) {
+    (void)n_thread, (void)node_rank, (void)backend_p;
     return IFKV_FAIL(IFKV_ERR_UNSUPPORTED, IFKV_E_BACKEND,
                      "back end cuda: this ifkv was built without CUDA");
 }
+static bool no_cuda_is_wanted(void) {
+    return false;
+}
 #define CUDA_OPEN no_cuda_open
+#define CUDA_IS_WANTED no_cuda_is_wanted
 #endif
+
+static ifkv_status auto_open(int n_thread, int node_rank, ifkv_backend **backend_p) {
+    return (CUDA_IS_WANTED() ? CUDA_OPEN : ifkv_cpu_backend_open)(n_thread, node_rank, backend_p);
+}
 
 enum { MAX_THREAD = 4096 }; /* what the engine accepts */
 
 static const struct {
     const char *name;
-    ifkv_status (*open)(int n_thread, ifkv_backend **backend_p);
+    ifkv_status (*open)(int n_thread, int node_rank, ifkv_backend **backend_p);
 } backends[] = {
-    {"auto", ifkv_cpu_backend_open},
+    {"auto", auto_open},
     {"cpu", ifkv_cpu_backend_open},
     {"cuda", CUDA_OPEN},
 };
 
-ifkv_status ifkv_backend_open(const char *name, int n_thread, ifkv_backend **backend_p) {
+ifkv_status ifkv_backend_open(const char *name, int n_thread, int node_rank,
+                              ifkv_backend **backend_p) {
     IFKV_REQUIRE(name && backend_p, IFKV_ERR_USAGE, IFKV_E_BACKEND,
                  "back end: name or result NULL");
     IFKV_REQUIRE(n_thread >= 1 && n_thread <= MAX_THREAD, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "back end: got %d threads, expected 1 to %d", n_thread, (int)MAX_THREAD);
     for (size_t i = 0; i < sizeof backends / sizeof *backends; i++)
-        if (!strcmp(name, backends[i].name)) return backends[i].open(n_thread, backend_p);
+        if (!strcmp(name, backends[i].name))
+            return backends[i].open(n_thread, node_rank, backend_p);
     char quoted[IFKV_QUOTE_BYTES];
     return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_BACKEND,
                      "back end: got \"%s\", expected auto, cpu or cuda",
@@ -43,4 +54,19 @@ ifkv_status ifkv_backend_open(const char *name, int n_thread, ifkv_backend **bac
 
 void ifkv_backend_close(ifkv_backend *backend) {
     if (backend) backend->ops->close(backend);
+}
+
+ifkv_status ifkv_view_check(const char *op, const char *what, const ifkv_view *view,
+                            ifkv_dtype dtype, int64_t n_row, int64_t n_col) {
+    IFKV_REQUIRE(view->n_row == n_row && view->n_col == n_col && n_row >= 0 && n_col >= 0,
+                 IFKV_ERR_INTERNAL, IFKV_E_SHAPE, "%s: %s is [%lld, %lld], expected [%lld, %lld]",
+                 op, what, (long long)view->n_row, (long long)view->n_col, (long long)n_row,
+                 (long long)n_col);
+    IFKV_REQUIRE(view->dtype == dtype, IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                 "%s: %s has element type %d, expected %d", op, what, (int)view->dtype, (int)dtype);
+    IFKV_REQUIRE(view->stride >= n_col && (view->data || n_row == 0 || n_col == 0),
+                 IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                 "%s: %s has stride %lld for %lld columns, or no data", op, what,
+                 (long long)view->stride, (long long)n_col);
+    return IFKV_OK;
 }

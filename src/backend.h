@@ -1,9 +1,10 @@
 /* Arithmetic and memory: the table every back end fills, and how to open one by name.
  *
  * The CPU back end is the readable definition of every operation; another back end is that
- * definition made fast.  Operations are asynchronous on the back end's stream and borrow their
- * arguments until the next sync; all pointers and views lie in back-end memory, index arrays and
- * spans included.  Shapes are in brackets, row-major, rows outermost; heads lie inside a row.
+ * definition made fast.  Operations are asynchronous on the back end's stream, in the order of the
+ * calls; all pointers and views lie in back-end memory, index arrays and spans included, and the
+ * host never reads or writes there.  Argument structs and host arrays are read before the call
+ * returns.  Shapes are in brackets, row-major, rows outermost; heads lie inside a row.
  * Activations, weights and K/V have the back end's dtype; log-sum-exps and scores are float32
  * (parts may be float64, see merge). On the CPU a row's bits never depend on the number of threads.
  */
@@ -99,6 +100,10 @@ typedef struct ifkv_backend_ops {
      * then read the weights once; the bits of both may depend on that.  False: products of their
      * own, so that riding changes no bit, over weights that are still in a cache. */
     bool joins_riders;
+    int64_t row_block; /* rows of a linear operation at most that are worth their scratch */
+    /* A row's bits depend on nothing but the row, from 17 rows a call on: groups of rows that must
+     * not depend on each other may share a call. */
+    bool is_row_exact;
 
     void (*close)(ifkv_backend *backend);
     /* Size per-thread scratch for a model's heads, once, before the first attention.  Allocates. */
@@ -107,6 +112,7 @@ typedef struct ifkv_backend_ops {
     /* Memory, 64-byte aligned at least; contents unspecified.  RESOURCE if there is none. */
     ifkv_status (*alloc)(ifkv_backend *backend, size_t bytes, void **data_p);
     void (*free)(ifkv_backend *backend, void *data);
+    /* upload has read from_host, download has written to_host, when they return. */
     ifkv_status (*upload)(ifkv_backend *backend, void *to, const void *from_host, size_t bytes);
     ifkv_status (*download)(ifkv_backend *backend, void *to_host, const void *from, size_t bytes);
     ifkv_status (*copy)(ifkv_backend *backend, void *to, const void *from, size_t bytes);
@@ -152,16 +158,37 @@ typedef struct ifkv_backend_ops {
 struct ifkv_backend {
     const ifkv_backend_ops *ops;
     int n_thread;
+    char device[256];      /* what it computes on, for people: "cpu", "NVIDIA H100 80GB HBM3" */
+    uint64_t unit;         /* ranks that show the same number share one memory; 0: the node's */
+    uint64_t memory_bytes; /* of that memory, in all */
+    /* The stream of the operations (a cudaStream_t), for communicators that move this memory; NULL:
+     * it is the host's memory, and operations are done when they return. */
+    void *stream;
+    /* Set by a communicator that puts work into the stream, borrowed: called before the host waits
+     * for it, and returns when that work is done or has failed. */
+    ifkv_status (*before_wait)(void *arg);
+    void *before_wait_arg;
+    bool is_lost; /* set by a communicator: the stream will never end, close must not wait for it */
 };
 
-/* Open a back end by name: "auto" (the fastest that is built and has a device), "cpu", "cuda".  The
- * caller owns *backend_p and releases it with ifkv_backend_close.  Errors: USAGE if unknown,
- * UNSUPPORTED if not built, RESOURCE if there is no device. */
-ifkv_status ifkv_backend_open(const char *name, int n_thread, ifkv_backend **backend_p);
+/* Open a back end by name: "auto" (the fastest that is built and has a device), "cpu", "cuda".
+ * Where several devices are visible, node_rank picks one.  The caller owns *backend_p and releases
+ * it with ifkv_backend_close.  Errors: USAGE if unknown, UNSUPPORTED if not built, RESOURCE if
+ * there is no device. */
+ifkv_status ifkv_backend_open(const char *name, int n_thread, int node_rank,
+                              ifkv_backend **backend_p);
 void ifkv_backend_close(ifkv_backend *backend);
 
-/* Implemented by src/cpu_backend.c; called by ifkv_backend_open only. */
-ifkv_status ifkv_cpu_backend_open(int n_thread, ifkv_backend **backend_p);
+/* For back ends: REQUIRE that a view is [n_row, n_col] of this type with a stride that fits;
+ * IFKV_ERR_INTERNAL with IFKV_E_SHAPE otherwise.  `op` and `what` are for the message. */
+ifkv_status ifkv_view_check(const char *op, const char *what, const ifkv_view *view,
+                            ifkv_dtype dtype, int64_t n_row, int64_t n_col);
+
+/* Implemented by src/cpu_backend.c and cuda/cuda_backend.c; called by ifkv_backend_open only. */
+ifkv_status ifkv_cpu_backend_open(int n_thread, int node_rank, ifkv_backend **backend_p);
+ifkv_status ifkv_cuda_backend_open(int n_thread, int node_rank, ifkv_backend **backend_p);
+/* True if a real device is visible, which `auto` then takes.  Reports nothing. */
+bool ifkv_cuda_backend_is_wanted(void);
 
 #ifdef __cplusplus
 }

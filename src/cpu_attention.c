@@ -194,12 +194,11 @@ static ifkv_status check_attention(const cpu_backend *cpu, const ifkv_attention_
     const int64_t n_row = args->q.n_row, n_key = args->k.n_row;
     const int64_t q_cols = (int64_t)args->n_head * args->d_head,
                   kv_cols = (int64_t)args->n_kv_head * args->d_head;
-    IFKV_TRY(ifkv_cpu_check_view("attention", "q", &args->q, IFKV_DTYPE_F32, n_row, q_cols));
-    IFKV_TRY(ifkv_cpu_check_view("attention", "k", &args->k, IFKV_DTYPE_F32, n_key, kv_cols));
-    IFKV_TRY(ifkv_cpu_check_view("attention", "v", &args->v, IFKV_DTYPE_F32, n_key, kv_cols));
-    IFKV_TRY(ifkv_cpu_check_view("attention", "out", &args->out, IFKV_DTYPE_F32, n_row, q_cols));
-    IFKV_TRY(
-        ifkv_cpu_check_view("attention", "lse", &args->lse, IFKV_DTYPE_F32, n_row, args->n_head));
+    IFKV_TRY(ifkv_view_check("attention", "q", &args->q, IFKV_DTYPE_F32, n_row, q_cols));
+    IFKV_TRY(ifkv_view_check("attention", "k", &args->k, IFKV_DTYPE_F32, n_key, kv_cols));
+    IFKV_TRY(ifkv_view_check("attention", "v", &args->v, IFKV_DTYPE_F32, n_key, kv_cols));
+    IFKV_TRY(ifkv_view_check("attention", "out", &args->out, IFKV_DTYPE_F32, n_row, q_cols));
+    IFKV_TRY(ifkv_view_check("attention", "lse", &args->lse, IFKV_DTYPE_F32, n_row, args->n_head));
     IFKV_REQUIRE(args->k.stride <= INT_MAX && args->v.stride <= INT_MAX, IFKV_ERR_INTERNAL,
                  IFKV_E_SHAPE, "attention: got strides %lld, %lld, expected at most %d",
                  (long long)args->k.stride, (long long)args->v.stride, INT_MAX);

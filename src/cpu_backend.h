@@ -32,10 +32,6 @@ typedef struct cpu_backend {
     char *scratch; /* owns: [n_thread, scratch_bytes] */
 } cpu_backend;
 
-/* REQUIRE that a view is [n_row, n_col] of this type with a stride that fits; IFKV_ERR_INTERNAL
- * with IFKV_E_SHAPE otherwise.  `op` and `what` are for the message. */
-ifkv_status ifkv_cpu_check_view(const char *op, const char *what, const ifkv_view *view,
-                                ifkv_dtype dtype, int64_t n_row, int64_t n_col);
 /* REQUIRE that n_head, n_kv_head, d_head are heads this back end computes. */
 ifkv_status ifkv_cpu_check_heads(const char *op, int n_head, int n_kv_head, int d_head);
 

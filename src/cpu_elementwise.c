@@ -112,9 +112,9 @@ static void norm_row(const float *x, const float *weight, int64_t n, double eps,
 ifkv_status ifkv_cpu_rms_norm(ifkv_backend *backend, const ifkv_view *x, const ifkv_view *weight,
                               double eps, const ifkv_view *out) {
     const int64_t n_row = x->n_row, n_col = x->n_col;
-    IFKV_TRY(ifkv_cpu_check_view("rms_norm", "x", x, IFKV_DTYPE_F32, n_row, n_col));
-    IFKV_TRY(ifkv_cpu_check_view("rms_norm", "weight", weight, IFKV_DTYPE_F32, 1, n_col));
-    IFKV_TRY(ifkv_cpu_check_view("rms_norm", "out", out, IFKV_DTYPE_F32, n_row, n_col));
+    IFKV_TRY(ifkv_view_check("rms_norm", "x", x, IFKV_DTYPE_F32, n_row, n_col));
+    IFKV_TRY(ifkv_view_check("rms_norm", "weight", weight, IFKV_DTYPE_F32, 1, n_col));
+    IFKV_TRY(ifkv_view_check("rms_norm", "out", out, IFKV_DTYPE_F32, n_row, n_col));
     const float *from = x->data;
     float *to = out->data;
 #pragma omp parallel for num_threads(backend->n_thread)                                            \
@@ -141,9 +141,9 @@ ifkv_status ifkv_cpu_rope(ifkv_backend *backend, const ifkv_view *x, int n_head,
     IFKV_REQUIRE(n_head >= 1 && d_head >= 2 && d_head % 2 == 0, IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
                  "rope: got %d heads of width %lld, expected an even width", n_head,
                  (long long)d_head);
-    IFKV_TRY(ifkv_cpu_check_view("rope", "x", x, IFKV_DTYPE_F32, n_row, n_head * d_head));
-    IFKV_TRY(ifkv_cpu_check_view("rope", "cos_sin", cos_sin, IFKV_DTYPE_F32, n_row, d_head));
-    if (weight) IFKV_TRY(ifkv_cpu_check_view("rope", "weight", weight, IFKV_DTYPE_F32, 1, d_head));
+    IFKV_TRY(ifkv_view_check("rope", "x", x, IFKV_DTYPE_F32, n_row, n_head * d_head));
+    IFKV_TRY(ifkv_view_check("rope", "cos_sin", cos_sin, IFKV_DTYPE_F32, n_row, d_head));
+    if (weight) IFKV_TRY(ifkv_view_check("rope", "weight", weight, IFKV_DTYPE_F32, 1, d_head));
     float *data = x->data;
     const float *angle = cos_sin->data;
 #pragma omp parallel for num_threads(backend->n_thread)                                            \
@@ -159,8 +159,8 @@ ifkv_status ifkv_cpu_rope(ifkv_backend *backend, const ifkv_view *x, int n_head,
 
 ifkv_status ifkv_cpu_swiglu(ifkv_backend *backend, const ifkv_view *gate_up, const ifkv_view *out) {
     const int64_t n_row = out->n_row, d_ff = out->n_col;
-    IFKV_TRY(ifkv_cpu_check_view("swiglu", "gate_up", gate_up, IFKV_DTYPE_F32, n_row, 2 * d_ff));
-    IFKV_TRY(ifkv_cpu_check_view("swiglu", "out", out, IFKV_DTYPE_F32, n_row, d_ff));
+    IFKV_TRY(ifkv_view_check("swiglu", "gate_up", gate_up, IFKV_DTYPE_F32, n_row, 2 * d_ff));
+    IFKV_TRY(ifkv_view_check("swiglu", "out", out, IFKV_DTYPE_F32, n_row, d_ff));
     const float *from = gate_up->data;
     float *to = out->data;
 #pragma omp parallel for num_threads(backend->n_thread)                                            \
@@ -188,8 +188,8 @@ static ifkv_status check_rows(const char *op, const int64_t *row, int64_t n, int
 ifkv_status ifkv_cpu_gather(ifkv_backend *backend, const ifkv_view *from, const int64_t *row,
                             const ifkv_view *to) {
     const int64_t n = to->n_row;
-    IFKV_TRY(ifkv_cpu_check_view("gather", "from", from, to->dtype, from->n_row, to->n_col));
-    IFKV_TRY(ifkv_cpu_check_view("gather", "to", to, to->dtype, n, to->n_col));
+    IFKV_TRY(ifkv_view_check("gather", "from", from, to->dtype, from->n_row, to->n_col));
+    IFKV_TRY(ifkv_view_check("gather", "to", to, to->dtype, n, to->n_col));
     IFKV_TRY(check_rows("gather", row, n, from->n_row));
     const size_t element = ifkv_dtype_bytes(to->dtype), bytes = (size_t)to->n_col * element;
     const char *source = from->data;
@@ -205,8 +205,8 @@ ifkv_status ifkv_cpu_gather(ifkv_backend *backend, const ifkv_view *from, const 
 ifkv_status ifkv_cpu_scatter(ifkv_backend *backend, const ifkv_view *from, const int64_t *row,
                              const ifkv_view *to) {
     const int64_t n = from->n_row;
-    IFKV_TRY(ifkv_cpu_check_view("scatter", "from", from, to->dtype, n, to->n_col));
-    IFKV_TRY(ifkv_cpu_check_view("scatter", "to", to, to->dtype, to->n_row, to->n_col));
+    IFKV_TRY(ifkv_view_check("scatter", "from", from, to->dtype, n, to->n_col));
+    IFKV_TRY(ifkv_view_check("scatter", "to", to, to->dtype, to->n_row, to->n_col));
     IFKV_TRY(check_rows("scatter", row, n, to->n_row));
     const size_t element = ifkv_dtype_bytes(to->dtype), bytes = (size_t)to->n_col * element;
     const char *source = from->data;
@@ -233,8 +233,8 @@ static double squared_distance(const float *a, const float *b, int64_t n) {
 ifkv_status ifkv_cpu_row_distance(ifkv_backend *backend, const ifkv_view *a, const ifkv_view *b,
                                   float *out) {
     const int64_t n_row = a->n_row, n_col = a->n_col;
-    IFKV_TRY(ifkv_cpu_check_view("row_distance", "a", a, IFKV_DTYPE_F32, n_row, n_col));
-    IFKV_TRY(ifkv_cpu_check_view("row_distance", "b", b, IFKV_DTYPE_F32, n_row, n_col));
+    IFKV_TRY(ifkv_view_check("row_distance", "a", a, IFKV_DTYPE_F32, n_row, n_col));
+    IFKV_TRY(ifkv_view_check("row_distance", "b", b, IFKV_DTYPE_F32, n_row, n_col));
     const float *x = a->data, *y = b->data;
 #pragma omp parallel for num_threads(backend->n_thread)                                            \
     schedule(static) if (ifkv_cpu_is_large(n_row * n_col))

@@ -115,9 +115,9 @@ static void matmul_many_rows(int n_thread, const ifkv_view *x, const ifkv_view *
 ifkv_status ifkv_cpu_matmul(ifkv_backend *backend, const ifkv_view *x, const ifkv_view *w,
                             bool add_to_out, const ifkv_view *out) {
     const int64_t n_row = out->n_row, n_out = out->n_col, n_in = x->n_col;
-    IFKV_TRY(ifkv_cpu_check_view("matmul", "x", x, IFKV_DTYPE_F32, n_row, n_in));
-    IFKV_TRY(ifkv_cpu_check_view("matmul", "w", w, IFKV_DTYPE_F32, n_out, n_in));
-    IFKV_TRY(ifkv_cpu_check_view("matmul", "out", out, IFKV_DTYPE_F32, n_row, n_out));
+    IFKV_TRY(ifkv_view_check("matmul", "x", x, IFKV_DTYPE_F32, n_row, n_in));
+    IFKV_TRY(ifkv_view_check("matmul", "w", w, IFKV_DTYPE_F32, n_out, n_in));
+    IFKV_TRY(ifkv_view_check("matmul", "out", out, IFKV_DTYPE_F32, n_row, n_out));
     IFKV_REQUIRE(
         n_in >= 1 && x->stride <= INT_MAX && w->stride <= INT_MAX && out->stride <= INT_MAX,
         IFKV_ERR_INTERNAL, IFKV_E_SHAPE,

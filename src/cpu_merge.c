@@ -60,7 +60,7 @@ static void merge_head(const ifkv_merge_args *args, int64_t row, int head) {
 static ifkv_status check_part(const char *what, const ifkv_view *view, int64_t n_row,
                               int64_t n_col) {
     const ifkv_dtype dtype = view->dtype == IFKV_DTYPE_F64 ? IFKV_DTYPE_F64 : IFKV_DTYPE_F32;
-    return ifkv_cpu_check_view("merge", what, view, dtype, n_row, n_col);
+    return ifkv_view_check("merge", what, view, dtype, n_row, n_col);
 }
 
 ifkv_status ifkv_cpu_merge(ifkv_backend *backend, const ifkv_merge_args *args) {

@@ -119,11 +119,11 @@ static void score_claimed(const cpu_backend *cpu, const ifkv_score_args *args, i
 static ifkv_status check_score(const cpu_backend *cpu, const ifkv_score_args *args) {
     IFKV_TRY(ifkv_cpu_check_heads("score", args->n_head, args->n_kv_head, args->d_head));
     const int64_t n_row = args->q.n_row, n_key = args->k.n_row;
-    IFKV_TRY(ifkv_cpu_check_view("score", "q", &args->q, IFKV_DTYPE_F32, n_row,
-                                 (int64_t)args->n_head * args->d_head));
-    IFKV_TRY(ifkv_cpu_check_view("score", "lse", &args->lse, IFKV_DTYPE_F32, n_row, args->n_head));
-    IFKV_TRY(ifkv_cpu_check_view("score", "k", &args->k, IFKV_DTYPE_F32, n_key,
-                                 (int64_t)args->n_kv_head * args->d_head));
+    IFKV_TRY(ifkv_view_check("score", "q", &args->q, IFKV_DTYPE_F32, n_row,
+                             (int64_t)args->n_head * args->d_head));
+    IFKV_TRY(ifkv_view_check("score", "lse", &args->lse, IFKV_DTYPE_F32, n_row, args->n_head));
+    IFKV_TRY(ifkv_view_check("score", "k", &args->k, IFKV_DTYPE_F32, n_key,
+                             (int64_t)args->n_kv_head * args->d_head));
     IFKV_REQUIRE(args->k.stride <= INT_MAX, IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
                  "score: got stride %lld, expected at most %d", (long long)args->k.stride, INT_MAX);
     IFKV_REQUIRE(cpu->group == args->n_head / args->n_kv_head && cpu->d_head == args->d_head,

@@ -46,10 +46,23 @@ size_t ifkv_resident_peak_bytes(void) {
     return getrusage(RUSAGE_SELF, &usage) == 0 ? (size_t)usage.ru_maxrss * 1024 : 0;
 }
 
-/* Bytes of this machine's memory for each of its ranks. */
-static uint64_t memory_share(const ifkv_comm *comm) {
-    const uint64_t machine = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    return machine / (uint64_t)ifkv_comm_node_size(comm);
+/* Bytes for each of the ranks that share a memory. */
+static uint64_t memory_share(const ifkv_engine *engine) {
+    return engine->backend->memory_bytes / (uint64_t)engine->n_sharing;
+}
+
+/* Count who shares the memory of this rank's back end, and learn the least share.  Collective. */
+static ifkv_status share_memory(ifkv_engine *engine) {
+    ifkv_comm *comm = engine->comm;
+    const uint64_t mine = engine->backend->unit;
+    engine->n_sharing = ifkv_comm_node_size(comm);
+    IFKV_TRY(ifkv_comm_gather(comm, &mine, sizeof mine, engine->unit));
+    if (mine) engine->n_sharing = 0;
+    for (int r = 0; r < comm->size && mine; r++) engine->n_sharing += engine->unit[r] == mine;
+    int64_t share = (int64_t)memory_share(engine);
+    IFKV_TRY(ifkv_comm_all_reduce_i64(comm, &share, 1, IFKV_REDUCE_MIN));
+    engine->least_share = (uint64_t)share;
+    return IFKV_OK;
 }
 
 static int default_threads(const ifkv_comm *comm) {
@@ -70,7 +83,9 @@ static ifkv_status open_local(ifkv_engine *engine, const ifkv_engine_options *op
                  "threads: got %d, expected 0 to 4096", options->n_thread);
     const int n_thread = options->n_thread ? options->n_thread : default_threads(engine->comm);
     IFKV_TRY(ifkv_backend_open(options->backend ? options->backend : "auto", n_thread,
-                               &engine->backend));
+                               ifkv_comm_node_rank(engine->comm), &engine->backend));
+    engine->unit = malloc((size_t)engine->comm->size * sizeof *engine->unit);
+    IFKV_REQUIRE(engine->unit, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "engine: out of host memory");
     engine->resident_before = ifkv_resident_bytes();
     if (options->check_only) {
         IFKV_TRY(ifkv_model_check(options->model_dir, &model, engine->backend->ops->dtype,
@@ -86,6 +101,14 @@ static ifkv_status open_local(ifkv_engine *engine, const ifkv_engine_options *op
                                          config->d_head);
 }
 
+static ifkv_status attach(ifkv_engine *engine) {
+    int64_t most = engine->n_sharing;
+    IFKV_TRY(ifkv_comm_all_reduce_i64(engine->comm, &most, 1, IFKV_REDUCE_MAX));
+    const ifkv_status status =
+        ifkv_comm_attach(engine->comm, engine->backend, most == 1, &engine->data);
+    return ifkv_comm_agree(engine->comm, status, NULL);
+}
+
 ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_options,
                              ifkv_engine **engine_p) {
     ifkv_engine_options options;
@@ -94,7 +117,7 @@ ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_
     ifkv_engine *engine = calloc(1, sizeof *engine);
     ifkv_status status = IFKV_OK;
     if (engine) {
-        engine->comm = comm;
+        engine->comm = engine->data = comm;
         status = open_local(engine, &options);
     } else {
         status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "engine: out of host memory");
@@ -103,9 +126,8 @@ ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_
     /* nodes can see different files: a stale mount, a half-copied directory */
     IFKV_TRY_GOTO(status, ifkv_comm_same(comm, engine->model.fingerprint, "model fingerprint"),
                   err_close);
-    int64_t share = (int64_t)memory_share(comm);
-    IFKV_TRY_GOTO(status, ifkv_comm_all_reduce_i64(comm, &share, 1, IFKV_REDUCE_MIN), err_close);
-    engine->least_share = (uint64_t)share;
+    IFKV_TRY_GOTO(status, share_memory(engine), err_close);
+    if (!options.check_only) IFKV_TRY_GOTO(status, attach(engine), err_close);
     *engine_p = engine;
     return IFKV_OK;
 err_close:
@@ -116,10 +138,12 @@ err_close:
 void ifkv_engine_close(ifkv_engine *engine) {
     if (!engine) return;
     if (engine->has_session) ifkv_log(IFKV_LOG_WARN, "engine closed while a session is open");
-    if (engine->arena) engine->backend->ops->free(engine->backend, engine->arena);
+    if (engine->arena) ifkv_comm_free(engine->data, engine->backend, engine->arena);
+    ifkv_comm_detach(engine->data);
     ifkv_model_fini(&engine->model);
     ifkv_backend_close(engine->backend);
     free(engine->frequency);
+    free(engine->unit);
     free(engine);
 }
 
@@ -150,18 +174,20 @@ ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *caller_
         .fingerprint = engine->model.fingerprint,
         .backend = engine->backend->ops->name,
         .n_thread = engine->backend->n_thread,
+        .device = engine->backend->device,
+        .element_bytes = ifkv_dtype_bytes(engine->backend->ops->dtype),
     };
     return ifkv_struct_write(caller_info, &info, sizeof info, "model_info");
 }
 
 ifkv_status ifkv_engine_check_memory(const ifkv_engine *engine, size_t arena_bytes) {
     /* alloc may promise more than there is; a kill in mid-run would be the only message then */
-    const uint64_t share = memory_share(engine->comm);
+    const uint64_t share = memory_share(engine);
     IFKV_REQUIRE(
         arena_bytes <= share && engine->model.bytes <= share - arena_bytes, IFKV_ERR_RESOURCE,
         IFKV_E_MEMORY,
         "memory of a rank: got %.1f MB weights + %.1f MB for the request, expected at most "
-        "%.1f MB, its share of the machine",
+        "%.1f MB, its share of the memory",
         (double)engine->model.bytes / 1e6, (double)arena_bytes / 1e6, (double)share / 1e6);
     return IFKV_OK;
 }
@@ -172,10 +198,10 @@ ifkv_status ifkv_engine_reserve(ifkv_engine *engine, size_t bytes) {
                  "engine_reserve: a session is open");
     if (bytes <= engine->arena_bytes) return IFKV_OK;
     IFKV_TRY(ifkv_engine_check_memory(engine, bytes));
-    if (engine->arena) engine->backend->ops->free(engine->backend, engine->arena);
+    if (engine->arena) ifkv_comm_free(engine->data, engine->backend, engine->arena);
     engine->arena = NULL;
     engine->arena_bytes = 0;
-    IFKV_TRY(engine->backend->ops->alloc(engine->backend, bytes, &engine->arena));
+    IFKV_TRY(ifkv_comm_alloc(engine->data, engine->backend, bytes, &engine->arena));
     engine->arena_bytes = bytes;
     return IFKV_OK;
 }

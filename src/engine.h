@@ -9,11 +9,14 @@
 struct ifkv_engine {
     ifkv_comm *comm; /* borrowed */
     ifkv_backend *backend;
+    ifkv_comm *data; /* owned: the communicator for back-end memory, which may be comm itself */
     ifkv_model model;
     double *frequency; /* [d_head / 2] of rope.h */
     void *arena;       /* back-end memory */
     size_t arena_bytes;
-    uint64_t least_share;   /* bytes: a rank's share of its machine's memory, minimum over ranks */
+    uint64_t *unit;         /* [size] owned: whose memory each rank uses, see backend.h */
+    int n_sharing;          /* ranks that share this one's */
+    uint64_t least_share;   /* bytes: a rank's share of such memory, minimum over ranks */
     bool has_session;       /* the arena is in use */
     size_t resident_before; /* bytes of this process before the weights */
     bool has_weights_digest;
@@ -33,7 +36,7 @@ ifkv_status ifkv_struct_read(void *to, size_t to_size, const void *from, const c
 ifkv_status ifkv_struct_write(void *to, const void *from, size_t from_size, const char *name);
 
 /* RESOURCE, with the plan, unless weights and an arena of this size fit into this rank's share of
- * the machine's memory.  Local. */
+ * the memory it computes in.  Local. */
 ifkv_status ifkv_engine_check_memory(const ifkv_engine *engine, size_t arena_bytes);
 
 /* Resident bytes of this process now, and at most so far; 0 where the system does not tell. */

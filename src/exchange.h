@@ -81,7 +81,7 @@ typedef struct ifkv_exchange_ops {
 struct ifkv_exchange {
     const ifkv_exchange_ops *ops;
     ifkv_backend *backend; /* borrowed */
-    ifkv_comm *comm;       /* borrowed */
+    ifkv_comm *comm;       /* borrowed: for back-end memory */
     ifkv_kvcache *cache;   /* borrowed: this rank's shard */
     ifkv_exchange_shape shape;
     float scale; /* 1 / sqrt(d_head) */

@@ -74,11 +74,17 @@ void ifkv_log_set(ifkv_log_fn fn, void *arg, ifkv_log_level max_level);
 
 typedef struct ifkv_comm ifkv_comm;
 
-/* Open a communicator by name: "self" (one rank) or "mpi" (duplicates MPI_COMM_WORLD; the host has
- * called MPI_Init_thread). Collective.  The caller owns *comm_p.  Errors: UNSUPPORTED if that half
- * is not built, USAGE if the name is unknown. */
+/* Open a communicator by name: "self" (one rank), "mpi" (duplicates MPI_COMM_WORLD; the host has
+ * called MPI_Init_thread), "nccl" (mpi, and NCCL for what is computed on GPUs), "auto" (nccl where
+ * it is built and every rank has a GPU of its own, else mpi).  Collective.  The caller owns
+ * *comm_p. Errors: UNSUPPORTED if that half is not built, USAGE if the name is unknown. */
 ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p);
 void ifkv_comm_close(ifkv_comm *comm);
+
+/* How long NCCL may wait for the other ranks, their computation included, before the call that
+ * waits returns IFKV_ERR_PEER; 300 s unless set.  Before the engine is opened, the same on every
+ * rank. Local. */
+void ifkv_comm_set_timeout(ifkv_comm *comm, double seconds);
 
 typedef ifkv_status (*ifkv_rank_fn)(ifkv_comm *comm, void *arg);
 
@@ -109,7 +115,7 @@ typedef struct ifkv_engine ifkv_engine;
 typedef struct ifkv_engine_options {
     size_t size;
     const char *model_dir; /* Hugging Face directory */
-    const char *backend;   /* NULL or "auto", "cpu" */
+    const char *backend;   /* NULL or "auto", "cpu", "cuda" */
     int n_thread; /* threads of this rank; 0: hardware threads divided by the ranks on this node */
     bool random_weights; /* weights drawn from seed instead of read; config.json is enough then */
     uint64_t seed;
@@ -132,8 +138,10 @@ typedef struct ifkv_model_info {
     bool is_tied;
     size_t weight_bytes;  /* resident, per rank */
     uint64_t fingerprint; /* of config and tensor directory; equal on every rank */
-    const char *backend;  /* "cpu" */
+    const char *backend;  /* "cpu", "cuda" */
     int n_thread;
+    const char *device;   /* what that computes on, for people */
+    size_t element_bytes; /* of weights, activations, K and V */
 } ifkv_model_info;
 
 /* Describe the model.  Strings are borrowed from the engine.  Local. */
@@ -282,7 +290,8 @@ typedef struct ifkv_prefill_options {
 ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *options);
 /* Bytes of arena this rank needs for a request, under "auto" with either method; validates request
  * and options on the way.  Local, the same checks on every rank.  Errors: USAGE, DATA; RESOURCE,
- * with *bytes_p set, if weights and arena exceed this rank's share of the machine's memory. */
+ * with *bytes_p set, if weights and arena exceed this rank's share of the memory that the back end
+ * computes in. */
 ifkv_status ifkv_engine_plan(const ifkv_engine *engine, const ifkv_request *request,
                              const ifkv_prefill_options *options, size_t *bytes_p);
 /* Grow the engine's arena to at least `bytes` (this rank's).  No session may be open.  Local. */
@@ -335,6 +344,7 @@ typedef struct ifkv_result {
     const char *exchange_choice; /* one line on why exchange "auto" took the one it took; else "" */
     const int64_t *chunk_order;  /* [n_chunk] the request's chunk that stands in each place; NULL
                                     without reorder */
+    const char *device;          /* what the back end computes on, for people */
 } ifkv_result;
 
 /* The result so far, the same on every rank except first_logits; arrays borrowed from the session.

@@ -38,13 +38,11 @@ static void loader_fini(loader *l) {
     free(l->result);
 }
 
-/* The block is free to be overwritten only once the back end has taken it. */
 static ifkv_status upload_block(const loader *l, ifkv_weight_kind kind, int layer, int64_t first,
                                 const void *block, int64_t n) {
     const size_t bytes = ifkv_dtype_bytes(l->plan->dtype);
     char *to = l->base + ifkv_weights_offset(l->plan, kind, layer) + (size_t)first * bytes;
-    IFKV_TRY(l->backend->ops->upload(l->backend, to, block, (size_t)n * bytes));
-    return l->backend->ops->sync(l->backend);
+    return l->backend->ops->upload(l->backend, to, block, (size_t)n * bytes);
 }
 
 static ifkv_status not_finite(const ifkv_safetensors *set, const ifkv_tensor *tensor,
@@ -162,6 +160,7 @@ static ifkv_status fill(const ifkv_model_plan *plan, const ifkv_model_options *o
     loader l;
     IFKV_TRY(loader_init(&l, &plan->weights, backend, base));
     status = options->random_weights ? draw_all(&l, options->seed) : load_files(&l, plan->files);
+    if (status == IFKV_OK) status = backend->ops->sync(backend);
     loader_fini(&l);
     return status;
 }
@@ -212,7 +211,6 @@ static ifkv_status digest_view(const ifkv_model *model, const ifkv_view *view, v
         const size_t bytes = (size_t)(n - at < BLOCK_ELEMENTS ? n - at : BLOCK_ELEMENTS) * element;
         IFKV_TRY(
             ops->download(model->backend, block, (char *)view->data + (size_t)at * element, bytes));
-        IFKV_TRY(ops->sync(model->backend));
         ifkv_digest_add(digest, block, bytes);
     }
     return IFKV_OK;

@@ -155,6 +155,7 @@ static ifkv_status write_texts(ifkv_h5 *file, const ifkv_result *r) {
         {"method", r->method},
         {"exchange", r->exchange},
         {"backend", r->backend},
+        {"device", r->device},
         {"comm", r->comm},
         {"finish", r->finish},
         {"selected_digest", hex},

@@ -69,7 +69,7 @@ static ifkv_status begin_chunks(ifkv_session *session) {
     const int64_t n = session->n_encoded;
     session->chunk_exchange.ops = &ifkv_exchange_chunk_ops;
     session->chunk_exchange.backend = backend;
-    session->chunk_exchange.comm = session->engine->comm;
+    session->chunk_exchange.comm = session->engine->data;
     const size_t bytes = (size_t)n * sizeof(int64_t);
     IFKV_TRY(backend->ops->upload(backend, session->span_begin, session->encode_stage, bytes));
     IFKV_TRY(backend->ops->upload(backend, session->span_end, session->encode_stage + n, bytes));

@@ -49,8 +49,8 @@ ifkv_status ifkv_reuse_plan(ifkv_session *session) {
     session->encode_stage = malloc(3 * n * sizeof *session->encode_stage + 1);
     IFKV_REQUIRE(session->encode_token && session->encode_position && session->encode_stage,
                  IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session: out of host memory");
-    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->frequency,
-                          session->n_encoded, reuse->n_unit);
+    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->backend,
+                          session->engine->frequency, session->n_encoded, reuse->n_unit);
 }
 
 void ifkv_reuse_layout(ifkv_session *session, ifkv_arena *arena) {
@@ -132,8 +132,6 @@ static bool upload_layer(void *arg, int layer, void *k, void *v) {
     copy->status = backend->ops->upload(backend, k_rows.data, k, layer_bytes(copy));
     if (copy->status == IFKV_OK)
         copy->status = backend->ops->upload(backend, v_rows.data, v, layer_bytes(copy));
-    /* the store's buffers are its own again */
-    if (copy->status == IFKV_OK) copy->status = backend->ops->sync(backend);
     return copy->status == IFKV_OK;
 }
 
@@ -145,7 +143,6 @@ static bool download_layer(void *arg, int layer, void *k, void *v) {
     copy->status = backend->ops->download(backend, k, k_rows.data, layer_bytes(copy));
     if (copy->status == IFKV_OK)
         copy->status = backend->ops->download(backend, v, v_rows.data, layer_bytes(copy));
-    if (copy->status == IFKV_OK) copy->status = backend->ops->sync(backend);
     return copy->status == IFKV_OK;
 }
 
@@ -258,7 +255,7 @@ static ifkv_status upload_no_angles(ifkv_session *session) {
     IFKV_TRY(backend->ops->upload(backend, to->data, table,
                                   (size_t)(to->n_row * to->n_col) * sizeof *table));
     session->encode.k_angles = *to;
-    return backend->ops->sync(backend); /* the pass uses the same host memory */
+    return IFKV_OK;
 }
 
 static ifkv_status begin_misses(ifkv_session *session) {
@@ -270,7 +267,7 @@ static ifkv_status begin_misses(ifkv_session *session) {
     reuse->ops.store = reuse_store;
     session->chunk_exchange.ops = &reuse->ops;
     session->chunk_exchange.backend = backend;
-    session->chunk_exchange.comm = session->engine->comm;
+    session->chunk_exchange.comm = session->engine->data;
     IFKV_TRY(backend->ops->upload(backend, session->span_begin, session->encode_stage, bytes));
     IFKV_TRY(backend->ops->upload(backend, session->span_end, session->encode_stage + n, bytes));
     IFKV_TRY(upload_no_angles(session));
@@ -307,8 +304,7 @@ ifkv_status ifkv_reuse_place(ifkv_session *session) {
     const ifkv_config *config = &session->engine->model.config;
     const ifkv_view *angles = &session->reuse.shard_angles;
     const int64_t n = session->n_kept;
-    float *table = session->encode.stage;  /* of n_encoded rows at least */
-    IFKV_TRY(backend->ops->sync(backend)); /* the pass used the same host memory */
+    float *table = session->encode.stage; /* of n_encoded rows at least */
     ifkv_rope_table(session->engine->frequency, config->d_head, n, session->position, table);
     IFKV_TRY(backend->ops->upload(backend, angles->data, table,
                                   (size_t)(n * config->d_head) * sizeof *table));

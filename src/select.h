@@ -18,7 +18,8 @@ typedef struct ifkv_selector ifkv_selector;
 /* What a selector may look at.  All borrowed for the selector's life. */
 typedef struct ifkv_select_input {
     ifkv_backend *backend;
-    ifkv_comm *comm;
+    ifkv_comm *comm; /* for host memory */
+    ifkv_comm *data; /* for back-end memory */
     const ifkv_model *model;
     const double *frequency; /* of rope.h */
     const ifkv_placement *placement;

@@ -69,7 +69,7 @@ static ifkv_status check_init(check_exchange *x, const ifkv_select_input *input)
     const ifkv_placement *placement = input->placement;
     const int rank = input->comm->rank, size = input->comm->size;
     x->base.backend = input->backend;
-    x->base.comm = input->comm;
+    x->base.comm = input->data;
     x->base.cache = (ifkv_kvcache *)input->cache; /* the one selector that writes */
     x->base.scale = 1.0f / sqrtf((float)config->d_head);
     x->base.shape.n_head = config->n_head;
@@ -184,8 +184,8 @@ static ifkv_status cacheblend_init(ifkv_selector *selector) {
     self->exchange.base.ops = &check_ops;
     IFKV_TRY(check_init(&self->exchange, input));
     IFKV_TRY(ifkv_scores_init(&self->scores, input));
-    return ifkv_pass_init(&self->pass, input->model, input->frequency, self->exchange.n_row,
-                          self->exchange.n_chunk);
+    return ifkv_pass_init(&self->pass, input->model, input->backend, input->frequency,
+                          self->exchange.n_row, self->exchange.n_chunk);
 }
 
 static void cacheblend_fini(ifkv_selector *selector) {

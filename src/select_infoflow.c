@@ -72,7 +72,7 @@ static ifkv_status question_init(question_exchange *x, const ifkv_select_input *
     const ifkv_placement *placement = input->placement;
     const int rank = input->comm->rank, size = input->comm->size;
     x->base.backend = input->backend;
-    x->base.comm = input->comm;
+    x->base.comm = input->data;
     x->base.scale = 1.0f / sqrtf((float)input->model->config.d_head);
     x->base.shape.n_head = input->model->config.n_head;
     x->base.shape.n_kv_head = input->model->config.n_kv_head;
@@ -312,7 +312,8 @@ static ifkv_status infoflow_init(ifkv_selector *selector) {
     IFKV_TRY(question_init(&self->exchange, input));
     IFKV_TRY(ifkv_scores_init(&self->scores, input));
     if (input->is_riding) return IFKV_OK;
-    return ifkv_pass_init(&self->own_pass, input->model, input->frequency, input->n_question, 1);
+    return ifkv_pass_init(&self->own_pass, input->model, input->backend, input->frequency,
+                          input->n_question, 1);
 }
 
 static void infoflow_fini(ifkv_selector *selector) {

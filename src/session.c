@@ -217,8 +217,9 @@ static ifkv_status list_encode_rows(ifkv_session *session) {
     if (session->n_encode_rider > 0)
         session->n_encode_group = ifkv_pass_add_riders(
             session->engine->backend, session->n_encode_rider, n_chunk, session->encode_begin);
-    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->frequency,
-                          session->n_encoded + session->n_encode_rider, session->n_encode_group);
+    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->backend,
+                          session->engine->frequency, session->n_encoded + session->n_encode_rider,
+                          session->n_encode_group);
 }
 
 void ifkv_session_spread_tokens(ifkv_session *session) {
@@ -287,6 +288,7 @@ static ifkv_status plan_selection(ifkv_session *session) {
     ifkv_select_input input = {
         .backend = engine->backend,
         .comm = engine->comm,
+        .data = engine->data,
         .model = &engine->model,
         .frequency = engine->frequency,
         .placement = &session->placement,
@@ -369,7 +371,7 @@ static ifkv_status plan_exchange(ifkv_session *session, const char *exchange, in
         .max_shard = largest_shard(&session->placement),
         .placement = &session->placement,
     };
-    return ifkv_exchange_create(exchange, engine->backend, engine->comm, &session->cache, &shape,
+    return ifkv_exchange_create(exchange, engine->backend, engine->data, &session->cache, &shape,
                                 exchange_p);
 }
 
@@ -397,8 +399,10 @@ static ifkv_status plan_passes(ifkv_session *session) {
         prompt_home = prompt_home > 0; /* decode's row */
     }
     if (!session->is_exact)
-        IFKV_TRY(ifkv_pass_init(&session->recompute, &engine->model, engine->frequency, home, 2));
-    IFKV_TRY(ifkv_pass_init(&session->prompt, &engine->model, engine->frequency, prompt_home, 1));
+        IFKV_TRY(ifkv_pass_init(&session->recompute, &engine->model, engine->backend,
+                                engine->frequency, home, 2));
+    IFKV_TRY(ifkv_pass_init(&session->prompt, &engine->model, engine->backend, engine->frequency,
+                            prompt_home, 1));
 
     const size_t rows = (size_t)(k + n_prompt);
     session->pass_index = malloc(rows * sizeof *session->pass_index);

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "auto.h"
+#include "convert.h"
 #include "log.h"
 #include "prefill.h"
 
@@ -170,7 +171,7 @@ static ifkv_status reduce_result(ifkv_session *session, ifkv_result *result) {
     const size_t peak = ifkv_resident_peak_bytes();
     const int64_t used =
         peak > engine->resident_before ? (int64_t)(peak - engine->resident_before) : 0;
-    const int n_shared = strcmp(engine->comm->ops->name, "thread") ? 1 : engine->comm->size;
+    const int n_shared = strcmp(ifkv_comm_name(engine->comm), "thread") ? 1 : engine->comm->size;
     value[2 * IFKV_N_STAGE] = engine->comm->rank == 0 ? (int64_t)(session->ttft_ms * 1e6) : 0;
     value[2 * IFKV_N_STAGE + 1] = (int64_t)(engine->model.bytes + engine->arena_bytes);
     value[2 * IFKV_N_STAGE + 2] = used / n_shared;
@@ -201,7 +202,8 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .method = session->method,
         .exchange = strcmp(session->method, "full") ? session->exchange_name : "none",
         .backend = engine->backend->ops->name,
-        .comm = engine->comm->ops->name,
+        .device = engine->backend->device,
+        .comm = ifkv_comm_name(engine->comm),
         .finish = session->is_stopped ? "stop" : "length",
         .n_rank = engine->comm->size,
         .n_context = session->n_context,
@@ -250,16 +252,32 @@ ifkv_status ifkv_session_kv_rows(const ifkv_session *session, ifkv_kv_rows *call
     return ifkv_struct_write(caller_rows, &rows, sizeof rows, "kv_rows");
 }
 
+/* Rows of a matrix in back-end memory as float32 in host memory. */
+static ifkv_status read_rows(ifkv_backend *backend, const ifkv_view *from, float *to) {
+    const int64_t n = from->n_row * from->n_col;
+    const size_t bytes = (size_t)n * ifkv_dtype_bytes(from->dtype);
+    if (from->dtype == IFKV_DTYPE_F32)
+        return backend->ops->download(backend, to, from->data, bytes);
+    void *stored = malloc(bytes + 1);
+    IFKV_REQUIRE(stored, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session_kv_read: out of host memory");
+    const ifkv_status status = backend->ops->download(backend, stored, from->data, bytes);
+    if (status == IFKV_OK) ifkv_convert(from->dtype, stored, IFKV_DTYPE_F32, to, n);
+    free(stored);
+    return status;
+}
+
 ifkv_status ifkv_session_kv_read(const ifkv_session *session, int layer, float *k, float *v) {
     IFKV_REQUIRE(session && layer >= 0 && layer < session->cache.n_layer, IFKV_ERR_USAGE,
                  IFKV_E_VALUE, "session_kv_read: got layer %d", layer);
     IFKV_REQUIRE((k && v) || session->n_kept == 0, IFKV_ERR_USAGE, IFKV_E_STRUCT,
                  "session_kv_read: got NULL for %lld rows", (long long)session->n_kept);
     ifkv_backend *backend = session->engine->backend;
-    const size_t bytes = (size_t)(session->n_kept * session->cache.n_col) * sizeof(float);
-    IFKV_TRY(
-        backend->ops->download(backend, k, ifkv_kvcache_k(&session->cache, layer).data, bytes));
-    return backend->ops->download(backend, v, ifkv_kvcache_v(&session->cache, layer).data, bytes);
+    const ifkv_view k_all = ifkv_kvcache_k(&session->cache, layer),
+                    v_all = ifkv_kvcache_v(&session->cache, layer);
+    const ifkv_view k_kept = ifkv_view_rows(&k_all, 0, session->n_kept),
+                    v_kept = ifkv_view_rows(&v_all, 0, session->n_kept);
+    IFKV_TRY(read_rows(backend, &k_kept, k));
+    return read_rows(backend, &v_kept, v);
 }
 
 /* Send every rank's rows of one matrix to rank 0, which puts its chunks where they belong. */

@@ -17,13 +17,13 @@ foreign() {
 }
 foreign 'mpi\.h' 'comm/comm_mpi\.c|comm/mpi_check\.h|src/cli\.c|bench/[a-z_]*\.c|tests/[a-z_]*\.c'
 foreign 'nccl\.h' 'comm/comm_nccl\.c|comm/nccl_check\.h'
-foreign 'cuda_runtime[a-z_]*\.h' 'cuda/.*|comm/comm_nccl\.c|bench/bench\.c'
+foreign 'cuda_runtime[a-z_]*\.h' 'cuda/.*|comm/comm_nccl\.c|bench/bench\.c|tests/emu/.*'
 foreign 'cublas[A-Za-z_]*\.h' 'cuda/cuda_backend\.c|cuda/cuda_matmul\.c|cuda/cuda_check\.h'
 foreign 'hdf5\.h' 'src/h5_file\.h|tests/file_fixture\.c' # h5_file.h is private to h5.c and h5_read.c
 foreign 'cblas\.h' 'src/cpu_matmul\.[ch]'
 foreign 'omp\.h' 'src/cpu_[a-z_]*\.[ch]'
 foreign 'jansson\.h' 'src/(json\.[ch]|config[a-z_]*\.[ch]|safetensors[a-z_]*\.[ch]|model_check\.[ch]|request[a-z0-9_]*\.[ch]|manifest\.[ch]|output[a-z_]*\.[ch]|cli[a-z_]*\.[ch])|bench/quality[a-z_]*\.[ch]|tests/[a-z0-9_]*\.c'
-foreign 'pthread\.h' 'comm/comm_thread\.c'
+foreign 'pthread\.h' 'comm/comm_thread\.c|comm/comm_nccl\.c'
 foreign 'threads\.h' 'src/store\.c|tests/test_reuse\.c'
 foreign 'cmocka\.h' 'tests/test\.h'
 foreign 'xxhash\.h' 'src/digest\.c|tests/[a-z_]*\.c'
@@ -33,7 +33,7 @@ level() {
     case $1 in
     ifkv.h | status.h | error_codes.h | log.h) echo 0 ;;
     tensor.h | placement.h | cost.h | geometry.h | config.h | config_*.h | rope.h | file.h | json.h | digest.h | convert.h | guard.h) echo 1 ;;
-    backend.h | arena.h | comm.h | cpu_*.h | mpi_check.h) echo 2 ;;
+    backend.h | arena.h | comm.h | cpu_*.h | mpi_check.h | nccl_check.h) echo 2 ;;
     h5.h | h5_file.h | safetensors*.h | model.h | model_check.h | store*.h | weights.h | weights_random.h | request.h | kvcache.h | publish.h | manifest.h) echo 3 ;;
     exchange.h | exchange_owned.h | exchange_kv_route.h) echo 4 ;;
     layer.h) echo 5 ;;
@@ -91,7 +91,7 @@ done
 # Every header compiles alone.
 for header in src/*.h comm/*.h; do
     cc -std=c11 -D_GNU_SOURCE -Isrc -Icomm -fsyntax-only -x c "$header" 2>/dev/null || case $header in
-    comm/mpi_check.h | src/h5_file.h) ;; # need flags that only CMake finds
+    comm/mpi_check.h | comm/nccl_check.h | src/h5_file.h) ;; # need flags that only CMake finds
     *) offend "$header does not compile alone" ;;
     esac
 done

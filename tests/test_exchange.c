@@ -188,7 +188,7 @@ static ifkv_status open_side(const deal_scene *scene, ifkv_comm *comm, side *it)
     it->cache.index = it->index;
     for (int64_t i = 0; i < scene->n_row; i++)
         if (scene->home[i] == rank) it->row[it->n_home++] = i;
-    IFKV_TRY(ifkv_backend_open("cpu", 1, &it->backend));
+    IFKV_TRY(ifkv_backend_open("cpu", 1, 0, &it->backend));
     IFKV_TRY(
         it->backend->ops->prepare(it->backend, scene->n_head, scene->n_kv_head, scene->d_head));
     const ifkv_exchange_shape shape = {
@@ -995,7 +995,7 @@ static ifkv_status run_counts(ifkv_comm *comm, void *arg) {
     ifkv_backend *backend = NULL;
     float *memory = calloc(1 << 16, sizeof *memory);
     if (!memory) abort();
-    ifkv_status status = ifkv_backend_open("cpu", 1, &backend);
+    ifkv_status status = ifkv_backend_open("cpu", 1, 0, &backend);
     if (status == IFKV_OK) status = backend->ops->prepare(backend, 1, 1, 64);
     status = agree_ok(comm, status);
     if (status == IFKV_OK) status = merge_counts(comm, run, backend, memory);

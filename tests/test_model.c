@@ -61,7 +61,8 @@ static const ifkv_backend_ops FAKE_BF16 = {.name = "fake",
                                            .free = fake_free,
                                            .upload = fake_upload,
                                            .sync = fake_sync};
-static ifkv_backend fake = {&FAKE_F32, 1}, fake_bf16 = {&FAKE_BF16, 1};
+static ifkv_backend fake = {.ops = &FAKE_F32, .n_thread = 1},
+                    fake_bf16 = {.ops = &FAKE_BF16, .n_thread = 1};
 
 static int setup(void **state) {
     n_live = 0;

@@ -82,7 +82,7 @@ static refit_case make_case(int n_thread, bool is_rotated, int64_t every) {
     refit_case it = {.row = malloc(N_ROW * sizeof *it.row),
                      .before = malloc(N_ROW * COLS * sizeof(double)),
                      .want = malloc(N_ROW * COLS * sizeof(double))};
-    assert_ok(ifkv_backend_open("cpu", n_thread, &it.backend));
+    assert_ok(ifkv_backend_open("cpu", n_thread, 0, &it.backend));
     for (int64_t i = FIRST + 1; i < N_ROW; i += every) it.row[it.n_fit++] = i;
     const ifkv_dtype f32 = IFKV_DTYPE_F32;
     it.stale = gen_matrix_create(&noise, it.backend, f32, it.n_fit, COLS, 3, GEN_POISON);

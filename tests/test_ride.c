@@ -59,7 +59,7 @@ static int set_up(void **state) {
     cases[4] = make_case(dir, 2, 2, 9, random_length, 5, 0);
     cases[5] = make_case(dir, 0, 1, 4, (int64_t[]){90, 57, 20, 56}, 290, 9);
     ifkv_backend *backend = NULL;
-    if (ifkv_backend_open("cpu", 1, &backend) != IFKV_OK) return -1;
+    if (ifkv_backend_open("cpu", 1, 0, &backend) != IFKV_OK) return -1;
     joining = *backend->ops;
     joining.joins_riders = true;
     ifkv_backend_close(backend);
