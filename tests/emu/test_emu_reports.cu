@@ -251,6 +251,7 @@ enum {
     B_UNWRITTEN,
     LOAD_OVER_B,
     OTHER_SWIZZLE,
+    LEAVES_LINE,
     CHAIN_TOUCHED,
     PART_OF_ACCUMULATOR
 };
@@ -273,6 +274,7 @@ __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ Ar
                                       bug == FEW_ROWS      ? 512
                                       : bug == REACHES_OUT ? 65536
                                                            : 1024);
+    if (bug == LEAVES_LINE) b = ptx_wgmma_descriptor_advance(b, 112);
     if (bug == OTHER_SWIZZLE) b ^= static_cast<uint64_t>(3) << 62;
     if (bug == LANES_DIFFER && me() == 9) a += 2;
     if (bug == WARPS_DIFFER && me() >= 96) b += 2;
@@ -440,6 +442,7 @@ const Case cases[] = {
      ALWAYS},
     {"descriptor out of shared memory", product_kernel, 128, REACHES_OUT, "outside of the block's",
      ALWAYS},
+    {"k step out of its line", product_kernel, 128, LEAVES_LINE, "of its 128-byte line", ALWAYS},
     {"descriptor of another swizzle", product_kernel, 128, OTHER_SWIZZLE, "says swizzle", ALWAYS},
     {"missing wgmma.fence", product_kernel, 128, NO_ACCUMULATOR_FENCE, "without wgmma.fence",
      ALWAYS},
