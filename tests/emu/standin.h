@@ -7,7 +7,8 @@
  *                     random:SEED: at any call, at random
  *   IFKV_EMU_FAIL     NAME:N[+][=CODE][@RANK],...: the N-th call of NAME fails, with + every one
  *                     from then on; CODE is the library's number.  "kernel" counts pieces of stream
- *                     work, whose failure shows later and stays; RANK is the launcher's
+ *                     work, whose failure shows later and stays; "cudaDriverVersion" is CODE;
+ *                     NCCL has more of them (standin_nccl.cpp); RANK is the launcher's
  *   IFKV_EMU_DEVICES  number of devices (1)
  *   IFKV_EMU_ARCH     compute capability, "9.0" (default) or "8.0"
  *   IFKV_EMU_MEMORY   bytes of a device (8 GiB)
