@@ -76,6 +76,19 @@ __device__ __forceinline__ void wait(uint64_t &barrier, uint32_t parity) {
     }
 }
 
+// Zeros for wgmma to read from row `first` on, written by n_thread threads; a barrier must follow.
+template <int d, int rows>
+__device__ __forceinline__ void clear_rows(swizzled_rows<d, rows> &in, int first, int thread,
+                                           int n_thread) {
+    constexpr int row_pieces = ROW_BYTES / 16;
+#pragma unroll
+    for (int c = 0; c < d / CHUNK; c++)
+        for (int i = thread; i < (rows - first) * row_pieces; i += n_thread)
+            store_16(&in.chunk[c][first + i / row_pieces][i % row_pieces * 8],
+                     make_uint4(0, 0, 0, 0));
+    ptx_fence_proxy_async();
+}
+
 // ---- producer ----
 
 template <int d>
@@ -215,13 +228,8 @@ template <int d> struct consumer {
 
     // Rows from `first` on of the stage of V that both warpgroups are about to use.
     __device__ __forceinline__ void clear_values(shared_memory<d> &shared, int first) const {
-        const int n_piece = (BLOCK_KEYS - first) * (ROW_BYTES / 16);
         const int thread = static_cast<int>(threadIdx.x) - WARPGROUP;
-#pragma unroll
-        for (int c = 0; c < d / CHUNK; c++)
-            for (int i = thread; i < n_piece; i += CONSUMERS * WARPGROUP)
-                store_16(&shared.v[v.stage].chunk[c][first][i * 8], make_uint4(0, 0, 0, 0));
-        ptx_fence_proxy_async();
+        clear_rows(shared.v[v.stage], first, thread, CONSUMERS * WARPGROUP);
         ptx_bar_sync(BARRIER_CLEAR, CONSUMERS * WARPGROUP);
     }
 
@@ -311,25 +319,17 @@ template <int d> __device__ __forceinline__ void init_barriers(shared_memory<d> 
     ptx_fence_mbarrier_init();
 }
 
-/* Rows of Q that no copy fills, where the group does not divide the tile; nothing of them is
- * stored, but what was never written must not be multiplied either. */
-template <int d>
-__device__ __forceinline__ void clear_spare_queries(shared_memory<d> &shared, int n_stacked) {
-    const int n_piece = (TILE_M - n_stacked) * (ROW_BYTES / 16);
-    for (int i = static_cast<int>(threadIdx.x); i < n_piece; i += THREADS)
-        for (int slot = 0; slot < SLOTS; slot++)
-            for (int c = 0; c < d / CHUNK; c++)
-                store_16(&shared.q[slot].chunk[c][n_stacked][i * 8], make_uint4(0, 0, 0, 0));
-    ptx_fence_proxy_async();
-}
-
 template <int d>
 __global__ void __launch_bounds__(THREADS, 1)
     attention_sm90_kernel(const __grid_constant__ ifkv_attention_call call,
                           const __grid_constant__ tensor_maps maps) {
     shared_memory<d> &shared = ifkv_shared<shared_memory<d>>();
     if (threadIdx.x == 0) init_barriers<d>(shared);
-    clear_spare_queries<d>(shared, call.plan.tile_rows * call.plan.group);
+    // rows of Q that no copy fills, where the group does not divide the tile: never stored, but
+    // what was never written must not be multiplied either
+    for (int i = 0; i < SLOTS; i++)
+        clear_rows(shared.q[i], call.plan.tile_rows * call.plan.group,
+                   static_cast<int>(threadIdx.x), THREADS);
     __syncthreads(); // barriers and spare rows are ready
     // told to the compiler to be the same in a warp: wgmma in a path it holds for divergent waits
     const int warpgroup = __shfl_sync(IFKV_ALL_LANES, static_cast<int>(threadIdx.x) / WARPGROUP, 0);

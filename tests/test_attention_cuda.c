@@ -234,6 +234,14 @@ static void ends_in_any_order(problem *p) {
         p->begin[r] = begin, p->end[r] = begin + gen_below(&noise, p->n_key - begin + 1);
 }
 
+/* The last row of a tile sees least, the first one all. */
+static void descending_ends(problem *p) {
+    for (int64_t r = 0; r < p->n_row; r++) {
+        p->begin[r] = 0;
+        p->end[r] = 3 * r < p->n_key ? p->n_key - 3 * r : 0;
+    }
+}
+
 /* Groups that start off every block, with empty rows among them and an empty group. */
 static void groups_with_empty_rows(problem *p) {
     int64_t begin = 0;
@@ -281,6 +289,7 @@ SPAN_TEST(single_keys)
 SPAN_TEST(chunks_at_tile_edges)
 SPAN_TEST(windows)
 SPAN_TEST(ends_in_any_order)
+SPAN_TEST(descending_ends)
 SPAN_TEST(groups_with_empty_rows)
 
 /* ---- what is not to be read, and what is not to matter ---- */
@@ -768,6 +777,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(chunks_at_tile_edges_match_float64),
         cmocka_unit_test(windows_match_float64),
         cmocka_unit_test(ends_in_any_order_match_float64),
+        cmocka_unit_test(descending_ends_match_float64),
         cmocka_unit_test(groups_with_empty_rows_match_float64),
         cmocka_unit_test(keys_no_tile_sees_may_be_nan),
         cmocka_unit_test(masked_keys_change_no_bit),
