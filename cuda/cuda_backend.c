@@ -58,8 +58,12 @@ static ifkv_status cuda_alloc(ifkv_backend *backend, size_t bytes, void **data_p
 }
 
 static void cuda_free(ifkv_backend *backend, void *data) {
-    (void)backend;
-    cudaFree(data);
+    if (!backend->is_lost) cudaFree(data); /* would wait for the stream */
+}
+
+/* Before the host waits for the stream: who else put work into it may have to give it up. */
+static ifkv_status before_wait(const ifkv_backend *backend) {
+    return backend->before_wait ? backend->before_wait(backend->before_wait_arg) : IFKV_OK;
 }
 
 /* The next piece of staging memory, once what it last held has left it. */
@@ -67,6 +71,9 @@ static ifkv_status next_stage(cuda_backend *cuda, int *stage_p) {
     const int stage = cuda->next_stage;
     cuda->next_stage = (stage + 1) % N_STAGE;
     *stage_p = stage;
+    if (cudaEventQuery(cuda->taken[stage]) != cudaErrorNotReady)
+        return IFKV_CUDA(cudaEventSynchronize(cuda->taken[stage]));
+    IFKV_TRY(before_wait(&cuda->base));
     return IFKV_CUDA(cudaEventSynchronize(cuda->taken[stage]));
 }
 
@@ -113,6 +120,7 @@ static ifkv_status cuda_sync(ifkv_backend *backend) {
     cuda_backend *cuda = (cuda_backend *)backend;
     IFKV_TRY(IFKV_CUDA(cudaMemcpyAsync(seen_fault(cuda), cuda->context.fault, sizeof(int32_t),
                                        cudaMemcpyDeviceToHost, cuda->context.stream)));
+    IFKV_TRY(before_wait(backend));
     IFKV_TRY(IFKV_CUDA(cudaStreamSynchronize(cuda->context.stream)));
     return report_fault(cuda);
 }
@@ -226,8 +234,7 @@ static ifkv_status cuda_top_k(ifkv_backend *backend, const float *value, int64_t
     return ifkv_cuda_top_k(context_of(backend), value, n, k, scratch, index);
 }
 
-static void cuda_close(ifkv_backend *backend) {
-    cuda_backend *cuda = (cuda_backend *)backend;
+static void release_device(cuda_backend *cuda) {
     if (cuda->context.stream) cudaStreamSynchronize(cuda->context.stream);
     ifkv_cuda_matmul_destroy(cuda->matmul);
     for (int i = 0; i < cuda->n_event; i++) cudaEventDestroy(cuda->taken[i]);
@@ -235,7 +242,12 @@ static void cuda_close(ifkv_backend *backend) {
     cudaFree(cuda->context.workspace);
     cudaFree(cuda->context.fault);
     if (cuda->context.stream) cudaStreamDestroy(cuda->context.stream);
-    free(cuda);
+}
+
+static void cuda_close(ifkv_backend *backend) {
+    /* a lost stream would be waited for without end: what hangs on it goes with the process */
+    if (!backend->is_lost) release_device((cuda_backend *)backend);
+    free(backend);
 }
 
 static const ifkv_backend_ops cuda_ops = {
@@ -347,6 +359,7 @@ static ifkv_status open_device(cuda_backend *cuda, int node_rank) {
     IFKV_TRY(describe_device(cuda));
     IFKV_TRY(IFKV_CUDA(cudaSetDevice(cuda->device)));
     IFKV_TRY(IFKV_CUDA(cudaStreamCreateWithFlags(&cuda->context.stream, cudaStreamNonBlocking)));
+    cuda->base.stream = cuda->context.stream;
     IFKV_TRY(create_staging(cuda));
     return ifkv_cuda_matmul_create(&cuda->matmul);
 }

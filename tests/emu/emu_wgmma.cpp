@@ -321,7 +321,7 @@ static void execute(operation *its) {
     for (int w = 0; w < group_warps; w++) {
         accumulator *d = its->accumulators[w].get();
         if (!its->scale_d) d->value.assign(static_cast<size_t>(warp_rows * n_eight), emu_float8{});
-        emu_multiply(warp_rows, n_eight, &a[static_cast<size_t>(w * warp_rows * k_columns)],
+        emu_multiply(warp_rows / 4, n_eight, &a[static_cast<size_t>(w * warp_rows * k_columns)],
                      b.data(), d->value.data());
     }
     its->is_executed = true;

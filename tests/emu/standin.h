@@ -61,12 +61,19 @@ place place_of(const void *address);
 cudaError_t allocate(emu::kind kind, int device, size_t bytes, void **address_p);
 cudaError_t release(emu::kind kind, void *address);
 size_t free_bytes(int device);
+/* Report what was written beside an allocation, if a kernel has run since the last look. */
 void check_fences();
-/* Between the two, on any thread, device memory may be touched. */
+/* While it lives, on any thread, device memory may be touched: all of it, as by a kernel, or what
+ * two addresses lie in. */
 struct open_memory {
     open_memory();
+    open_memory(const void *one, const void *other);
     ~open_memory();
     open_memory(const open_memory &) = delete;
+
+  private:
+    const bool is_all;
+    const void *const addresses[2];
 };
 
 /* --- calls --- */

@@ -114,6 +114,7 @@ namespace {
 struct state {
     std::mutex mutex;
     std::set<ncclComm_t> handles;
+    std::set<void *> memory; /* of ncclMemAlloc */
     bool has_thread = false;
 };
 
@@ -168,7 +169,7 @@ bool move_send(channel &c, transfer &t) {
     }
     const uint64_t n = std::min(room, t.bytes - t.done);
     if (n) {
-        const emu::open_memory memory;
+        const emu::open_memory memory(t.data, nullptr);
         copy_in(c, put, t.data + t.done, n);
         t.done += n;
         c.put.store(put + n);
@@ -196,7 +197,7 @@ bool move_receive(channel &c, transfer &t, piece &w) {
     }
     const uint64_t n = std::min(there, t.bytes - t.done);
     if (n) {
-        const emu::open_memory memory;
+        const emu::open_memory memory(t.data, nullptr);
         copy_out(c, taken, t.data + t.done, n);
         t.done += n;
         c.taken.store(taken + n);
@@ -528,6 +529,27 @@ ncclResult_t ncclAllGather(const void *send, void *recv, size_t count, ncclDataT
         transfers.push_back(to_receive(piece, bytes, r));
     }
     return add(__func__, comm, stream, transfers);
+}
+
+ncclResult_t ncclMemAlloc(void **data_p, size_t bytes) {
+    if (const ncclResult_t result = enter(__func__)) return result;
+    if (emu::allocate(emu::kind::device, emu::current_device(), bytes, data_p))
+        return ncclUnhandledCudaError;
+    const std::lock_guard<std::mutex> lock(all().mutex);
+    all().memory.insert(*data_p);
+    return ncclSuccess;
+}
+
+/* Waits for the device, as cudaFree does. */
+ncclResult_t ncclMemFree(void *data) {
+    if (const ncclResult_t result = enter(__func__)) return result;
+    {
+        const std::lock_guard<std::mutex> lock(all().mutex);
+        if (!all().memory.erase(data)) return ncclInvalidArgument;
+    }
+    emu::wait_device(emu::place_of(data).device);
+    emu::release(emu::kind::device, data);
+    return ncclSuccess;
 }
 
 ncclResult_t ncclCommRegister(const ncclComm_t comm, void *data, size_t bytes, void **handle_p) {
