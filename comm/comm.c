@@ -43,6 +43,12 @@ static ifkv_status nccl_open(ifkv_comm **comm_p) {
     return IFKV_OK;
 }
 
+static ifkv_status auto_open(ifkv_comm **comm_p) {
+    IFKV_TRY(MPI_OPEN(comm_p));
+    (*comm_p)->is_auto = true;
+    return IFKV_OK;
+}
+
 static ifkv_status thread_open(ifkv_comm **comm_p) {
     (void)comm_p;
     return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_COMM,
@@ -53,10 +59,8 @@ static const struct {
     const char *name;
     ifkv_status (*open)(ifkv_comm **comm_p);
 } communicators[] = {
-    {"self", ifkv_comm_self_open},
-    {"thread", thread_open},
-    {"mpi", MPI_OPEN},
-    {"nccl", nccl_open},
+    {"self", ifkv_comm_self_open}, {"thread", thread_open}, {"mpi", MPI_OPEN},
+    {"auto", auto_open},           {"nccl", nccl_open},
 };
 
 ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p) {
@@ -65,7 +69,7 @@ ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p) {
         if (!strcmp(name, communicators[i].name)) return communicators[i].open(comm_p);
     char quoted[IFKV_QUOTE_BYTES];
     return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_COMM,
-                     "communicator: got \"%s\", expected self, mpi or nccl",
+                     "communicator: got \"%s\", expected self, mpi, nccl or auto",
                      ifkv_quote(name, strlen(name), quoted));
 }
 
@@ -85,7 +89,9 @@ const char *ifkv_comm_name(const ifkv_comm *comm) {
     return comm->is_nccl ? "nccl" : comm->ops->name;
 }
 
-ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p) {
+ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, bool has_own_memory,
+                             ifkv_comm **data_p) {
+    if (comm->is_auto) comm->is_nccl = IFKV_HAVE_NCCL && backend->stream && has_own_memory;
     IFKV_REQUIRE(backend->stream || !comm->is_nccl, IFKV_ERR_USAGE, IFKV_E_CONFLICT,
                  "communicator nccl: got back end %s, expected one that computes on GPUs",
                  backend->ops->name);

@@ -80,13 +80,16 @@ struct ifkv_comm {
     bool is_shifting;
     ifkv_shift shift;   /* the one under way */
     ifkv_comm *control; /* borrowed: see above; NULL: buffers are host memory */
+    bool is_auto;       /* attach decides is_nccl */
     bool is_nccl;       /* back-end memory moves by NCCL, host memory by ops */
     double timeout_s;   /* see ifkv_comm_set_timeout; 0: the default */
 };
 
 /* Open the communicator for the memory of a back end, which is borrowed until detach; comm itself
- * where that is host memory.  Collective. */
-ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p);
+ * where that is host memory.  has_own_memory: no two ranks compute in one memory, without which
+ * NCCL does not work; the same on every rank.  Collective. */
+ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, bool has_own_memory,
+                             ifkv_comm **data_p);
 /* Close it, before the back end and comm.  NULL is accepted.  Collective, but returns without the
  * peers after a while. */
 void ifkv_comm_detach(ifkv_comm *data);

@@ -128,6 +128,7 @@ static ifkv_status cuda_sync(ifkv_backend *backend) {
 static ifkv_status cuda_download(ifkv_backend *backend, void *to_host, const void *from,
                                  size_t bytes) {
     cuda_backend *cuda = (cuda_backend *)backend;
+    IFKV_TRY(before_wait(backend)); /* a copy into pageable memory waits for itself */
     if (bytes)
         IFKV_TRY(IFKV_CUDA(
             cudaMemcpyAsync(to_host, from, bytes, cudaMemcpyDeviceToHost, cuda->context.stream)));

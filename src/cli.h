@@ -15,7 +15,7 @@ typedef struct cli_options {
     const char *method, *ratio, *exchange, *score, *score_rows, *score_layers, *geometry, *hp,
         *placement;
     const char *backend, *comm, *store, *store_size;
-    int64_t chunk, max_new, epic_k, ranks, threads;
+    int64_t chunk, max_new, epic_k, ranks, threads, collective_timeout;
     uint64_t seed, random_weights;
     bool has_random_weights, has_chunk;
     bool save_kv, save_logits, save_scores, resume, overwrite, json, quiet, verbose, help;

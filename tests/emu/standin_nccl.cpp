@@ -128,6 +128,7 @@ struct grouped {
     std::shared_ptr<piece> work;
 };
 thread_local int group_depth;
+thread_local const char *last_words = "";
 thread_local std::vector<grouped> group;
 
 bool is_failing(const communicator &c, const char *name, int *code_p) {
@@ -406,7 +407,7 @@ void look_for_peers(communicator &c) {
     for (int r = 0; r < c.size; r++)
         for (int q = 0; q < r; q++)
             if (!strcmp(c.shared->members[r].place, c.shared->members[q].place))
-                c.error = ncclInvalidUsage;
+                c.error = ncclInvalidUsage, last_words = "Duplicate GPU detected";
 }
 
 } // namespace
@@ -620,5 +621,5 @@ const char *ncclGetErrorString(ncclResult_t result) {
 }
 
 const char *ncclGetLastError(ncclComm_t) {
-    return "";
+    return last_words;
 }
