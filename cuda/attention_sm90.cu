@@ -89,8 +89,6 @@ __device__ __forceinline__ void clear_rows(swizzled_rows<d, rows> &in, int first
     ptx_fence_proxy_async();
 }
 
-// ---- producer ----
-
 template <int d>
 __device__ __forceinline__ void copy_block(swizzled_rows<d, BLOCK_KEYS> &to, const CUtensorMap &map,
                                            uint64_t &full, int key, int kv_head) {
@@ -173,9 +171,10 @@ template <int d> struct producer {
     }
 };
 
-// ---- consumers ----
+// The products are issued here and waited for later.  Each has a fence of its own: ptxas serialises
+// one that stands in a branch without (C7520).
 
-// s [64, BLOCK_KEYS] = q k^T of a warpgroup, issued only.
+// s [64, BLOCK_KEYS] = q k^T of a warpgroup.
 template <int d>
 __device__ __forceinline__ void issue_scores(const swizzled_rows<d, TILE_M> &q, int first_row,
                                              const swizzled_rows<d, BLOCK_KEYS> &k,
@@ -193,7 +192,7 @@ __device__ __forceinline__ void issue_scores(const swizzled_rows<d, TILE_M> &q, 
     ptx_wgmma_commit();
 }
 
-// o [64, d] += p v, issued only.
+// o [64, d] += p v.
 template <int d>
 __device__ __forceinline__ void issue_values(const uint32_t (&p)[BLOCK_KEYS / 16][4],
                                              const swizzled_rows<d, BLOCK_KEYS> &v,
@@ -287,8 +286,7 @@ template <int d> struct consumer {
         for (;;) {
             const tile_slot &slot = shared.tile[tile.stage];
             wait(shared.tile_full[tile.stage], tile.parity);
-            attention_run run = slot.run;
-            run.n_key = __shfl_sync(IFKV_ALL_LANES, run.n_key, 0); // uniform, see the kernel
+            const attention_run run = slot.run;
             if (run.n_row == 0) break;
             const store_place place =
                 place_rows(call, run, slot.kv_head, slot.part, stacked, slot.length);
@@ -331,8 +329,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         clear_rows(shared.q[i], call.plan.tile_rows * call.plan.group,
                    static_cast<int>(threadIdx.x), THREADS);
     __syncthreads(); // barriers and spare rows are ready
-    // told to the compiler to be the same in a warp: wgmma in a path it holds for divergent waits
-    const int warpgroup = __shfl_sync(IFKV_ALL_LANES, static_cast<int>(threadIdx.x) / WARPGROUP, 0);
+    const int warpgroup = static_cast<int>(threadIdx.x) / WARPGROUP;
     if (warpgroup == 0) {
         ptx_setmaxnreg_dec<40>();
         if (warp_index() == 0) producer<d>{}.run(call, shared, maps);
@@ -341,8 +338,6 @@ __global__ void __launch_bounds__(THREADS, 1)
         consumer<d>(warpgroup - 1).run(call, shared);
     }
 }
-
-// ---- host ----
 
 using encode_function = decltype(&cuTensorMapEncodeTiled);
 

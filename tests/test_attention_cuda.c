@@ -192,8 +192,6 @@ static void check(const problem *p) {
     check_rows(p, 0, p->n_row);
 }
 
-/* ---- spans ---- */
-
 typedef void span_rule(problem *p);
 
 static void causal_spans(problem *p) {
@@ -292,8 +290,6 @@ SPAN_TEST(ends_in_any_order)
 SPAN_TEST(descending_ends)
 SPAN_TEST(groups_with_empty_rows)
 
-/* ---- what is not to be read, and what is not to matter ---- */
-
 static const heads some_heads[] = {{5, 1, 128}, {6, 2, 64}, {3, 1, 32}};
 
 #define FOR_SOME_HEADS(h)                                                                          \
@@ -368,8 +364,6 @@ static void a_nan_is_not_hidden(void **state) {
         destroy_problem(&p);
     }
 }
-
-/* ---- invariances ---- */
 
 static void two_runs_give_the_same_bits(void **state) {
     (void)state;
@@ -453,7 +447,7 @@ static void a_group_ignores_its_neighbours(void **state) {
     }
 }
 
-/* Probabilities are the sum's own terms, so an average of one value is that value. */
+/* An average of one value is that value, but for the rounding of probabilities. */
 static void constant_values_come_back(void **state) {
     (void)state;
     FOR_SOME_HEADS(h) {
@@ -589,8 +583,6 @@ static void empty_calls_write_what_is_due(void **state) {
     }
 }
 
-/* ---- parts ---- */
-
 /* A merge in float32 of float32 parts adds no more than a few roundings to their own bounds. */
 static void parts_give_the_whole(void **state) {
     (void)state;
@@ -687,8 +679,6 @@ static void short_spans_ignore_parts(void **state) {
         destroy_problem(&p);
     }
 }
-
-/* ---- refusals ---- */
 
 static void impossible_spans_raise_the_fault_word(void **state) {
     (void)state;
