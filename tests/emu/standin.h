@@ -31,6 +31,9 @@ void emu_fail(const char *spec);
 void emu_time(const char *spec);
 /* Calls of a name so far, in this process, since emu_fail. */
 long emu_calls(const char *name);
+/* How many algorithms cuBLASLt offers from now on, 1 to 3 (2).  The first two make the same bits;
+ * the third makes others, and where it is offered it is by far the fastest. */
+void emu_algorithms(int n);
 
 #ifdef __cplusplus
 }
