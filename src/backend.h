@@ -91,6 +91,13 @@ typedef struct ifkv_refit_args {
 static inline int64_t ifkv_refit_scratch(int d_head) {
     return 2 * (int64_t)d_head * d_head + 2 * (int64_t)d_head;
 }
+/* A stream of numbers, element i a function of key and i alone: z = mix(key + (i + 1) *
+ * 0x9e3779b97f4a7c15) with the finaliser of splitmix64; the sum of the four 16-bit fields of z less
+ * 2 * 65535, exact in float32, times scale, plus centre, each rounded by itself. */
+typedef struct ifkv_draw {
+    uint64_t key;
+    float scale, centre;
+} ifkv_draw;
 
 typedef struct ifkv_backend_ops {
     const char *name;      /* "cpu" */
@@ -153,6 +160,9 @@ typedef struct ifkv_backend_ops {
                          int64_t *scratch, int64_t *index);
     /* (optional) NULL: refit is refused where it is asked for. */
     ifkv_status (*refit)(ifkv_backend *backend, const ifkv_refit_args *args);
+    /* (optional) The first n numbers of a stream, rounded to the back end's dtype, to `to`; NULL:
+     * they are drawn on the host and uploaded. */
+    ifkv_status (*draw)(ifkv_backend *backend, const ifkv_draw *draw, int64_t n, void *to);
 } ifkv_backend_ops;
 
 struct ifkv_backend {

@@ -16,7 +16,7 @@ foreign() {
     done
 }
 foreign 'mpi\.h' 'comm/comm_mpi\.c|comm/mpi_check\.h|src/cli\.c|bench/[a-z_]*\.c|tests/[a-z_]*\.c'
-foreign 'nccl\.h' 'comm/comm_nccl\.c|comm/nccl_check\.h'
+foreign 'nccl\.h' 'comm/comm_nccl\.c|comm/nccl_check\.h|tests/emu/.*'
 foreign 'cuda_runtime[a-z_]*\.h' 'cuda/.*|comm/comm_nccl\.c|bench/bench\.c|tests/emu/.*'
 foreign 'cublas[A-Za-z_]*\.h' 'cuda/cuda_backend\.c|cuda/cuda_matmul\.c|cuda/cuda_check\.h'
 foreign 'hdf5\.h' 'src/h5_file\.h|tests/file_fixture\.c' # h5_file.h is private to h5.c and h5_read.c
