@@ -76,7 +76,18 @@ __device__ __forceinline__ void wait(uint64_t &barrier, uint32_t parity) {
     }
 }
 
-// ---- producer ----
+// Zeros for wgmma to read from row `first` on, written by n_thread threads; a barrier must follow.
+template <int d, int rows>
+__device__ __forceinline__ void clear_rows(swizzled_rows<d, rows> &in, int first, int thread,
+                                           int n_thread) {
+    constexpr int row_pieces = ROW_BYTES / 16;
+#pragma unroll
+    for (int c = 0; c < d / CHUNK; c++)
+        for (int i = thread; i < (rows - first) * row_pieces; i += n_thread)
+            store_16(&in.chunk[c][first + i / row_pieces][i % row_pieces * 8],
+                     make_uint4(0, 0, 0, 0));
+    ptx_fence_proxy_async();
+}
 
 template <int d>
 __device__ __forceinline__ void copy_block(swizzled_rows<d, BLOCK_KEYS> &to, const CUtensorMap &map,
@@ -160,9 +171,10 @@ template <int d> struct producer {
     }
 };
 
-// ---- consumers ----
+// The products are issued here and waited for later.  Each has a fence of its own: ptxas serialises
+// one that stands in a branch without (C7520).
 
-// s [64, BLOCK_KEYS] = q k^T of a warpgroup, issued only.
+// s [64, BLOCK_KEYS] = q k^T of a warpgroup.
 template <int d>
 __device__ __forceinline__ void issue_scores(const swizzled_rows<d, TILE_M> &q, int first_row,
                                              const swizzled_rows<d, BLOCK_KEYS> &k,
@@ -180,7 +192,7 @@ __device__ __forceinline__ void issue_scores(const swizzled_rows<d, TILE_M> &q, 
     ptx_wgmma_commit();
 }
 
-// o [64, d] += p v, issued only.
+// o [64, d] += p v.
 template <int d>
 __device__ __forceinline__ void issue_values(const uint32_t (&p)[BLOCK_KEYS / 16][4],
                                              const swizzled_rows<d, BLOCK_KEYS> &v,
@@ -215,13 +227,8 @@ template <int d> struct consumer {
 
     // Rows from `first` on of the stage of V that both warpgroups are about to use.
     __device__ __forceinline__ void clear_values(shared_memory<d> &shared, int first) const {
-        const int n_piece = (BLOCK_KEYS - first) * (ROW_BYTES / 16);
         const int thread = static_cast<int>(threadIdx.x) - WARPGROUP;
-#pragma unroll
-        for (int c = 0; c < d / CHUNK; c++)
-            for (int i = thread; i < n_piece; i += CONSUMERS * WARPGROUP)
-                store_16(&shared.v[v.stage].chunk[c][first][i * 8], make_uint4(0, 0, 0, 0));
-        ptx_fence_proxy_async();
+        clear_rows(shared.v[v.stage], first, thread, CONSUMERS * WARPGROUP);
         ptx_bar_sync(BARRIER_CLEAR, CONSUMERS * WARPGROUP);
     }
 
@@ -279,8 +286,7 @@ template <int d> struct consumer {
         for (;;) {
             const tile_slot &slot = shared.tile[tile.stage];
             wait(shared.tile_full[tile.stage], tile.parity);
-            attention_run run = slot.run;
-            run.n_key = __shfl_sync(IFKV_ALL_LANES, run.n_key, 0); // uniform, see the kernel
+            const attention_run run = slot.run;
             if (run.n_row == 0) break;
             const store_place place =
                 place_rows(call, run, slot.kv_head, slot.part, stacked, slot.length);
@@ -311,28 +317,19 @@ template <int d> __device__ __forceinline__ void init_barriers(shared_memory<d> 
     ptx_fence_mbarrier_init();
 }
 
-/* Rows of Q that no copy fills, where the group does not divide the tile; nothing of them is
- * stored, but what was never written must not be multiplied either. */
-template <int d>
-__device__ __forceinline__ void clear_spare_queries(shared_memory<d> &shared, int n_stacked) {
-    const int n_piece = (TILE_M - n_stacked) * (ROW_BYTES / 16);
-    for (int i = static_cast<int>(threadIdx.x); i < n_piece; i += THREADS)
-        for (int slot = 0; slot < SLOTS; slot++)
-            for (int c = 0; c < d / CHUNK; c++)
-                store_16(&shared.q[slot].chunk[c][n_stacked][i * 8], make_uint4(0, 0, 0, 0));
-    ptx_fence_proxy_async();
-}
-
 template <int d>
 __global__ void __launch_bounds__(THREADS, 1)
     attention_sm90_kernel(const __grid_constant__ ifkv_attention_call call,
                           const __grid_constant__ tensor_maps maps) {
     shared_memory<d> &shared = ifkv_shared<shared_memory<d>>();
     if (threadIdx.x == 0) init_barriers<d>(shared);
-    clear_spare_queries<d>(shared, call.plan.tile_rows * call.plan.group);
+    // rows of Q that no copy fills, where the group does not divide the tile: never stored, but
+    // what was never written must not be multiplied either
+    for (int i = 0; i < SLOTS; i++)
+        clear_rows(shared.q[i], call.plan.tile_rows * call.plan.group,
+                   static_cast<int>(threadIdx.x), THREADS);
     __syncthreads(); // barriers and spare rows are ready
-    // told to the compiler to be the same in a warp: wgmma in a path it holds for divergent waits
-    const int warpgroup = __shfl_sync(IFKV_ALL_LANES, static_cast<int>(threadIdx.x) / WARPGROUP, 0);
+    const int warpgroup = static_cast<int>(threadIdx.x) / WARPGROUP;
     if (warpgroup == 0) {
         ptx_setmaxnreg_dec<40>();
         if (warp_index() == 0) producer<d>{}.run(call, shared, maps);
@@ -341,8 +338,6 @@ __global__ void __launch_bounds__(THREADS, 1)
         consumer<d>(warpgroup - 1).run(call, shared);
     }
 }
-
-// ---- host ----
 
 using encode_function = decltype(&cuTensorMapEncodeTiled);
 

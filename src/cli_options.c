@@ -76,7 +76,8 @@ static const option table[] = {
      "skip requests that DIR has finished"},
     {"overwrite", KIND_FLAG, CLI_OUTPUT, AT(overwrite), 0, 0, NULL, NULL,
      "replace the results in DIR"},
-    {"backend", KIND_TEXT, CLI_RANKS, AT(backend), 0, 0, "NAME", "auto", "auto or cpu"},
+    {"backend", KIND_TEXT, CLI_RANKS, AT(backend), 0, 0, "NAME", "auto",
+     "auto, cpu, cuda; auto: cuda where there is a device, else cpu"},
     {"comm", KIND_TEXT, CLI_RANKS, AT(comm), 0, 0, "NAME", "auto",
      "auto, self, thread, mpi, nccl; auto: thread with --ranks; mpi under mpirun or srun, nccl "
      "where each rank has a GPU of its own; else self"},

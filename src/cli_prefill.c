@@ -128,9 +128,10 @@ void cli_progress_clear(const cli_progress *progress) {
 /* ---- table ---- */
 
 static void print_head(const ifkv_result *result) {
-    printf("# method %s, exchange %s, backend %s, comm %s, ranks %d; milliseconds, maximum over "
-           "ranks\n",
-           result->method, result->exchange, result->backend, result->comm, result->n_rank);
+    printf("# method %s, exchange %s, backend %s on %s, comm %s, ranks %d; milliseconds, maximum "
+           "over ranks\n",
+           result->method, result->exchange, result->backend, result->device, result->comm,
+           result->n_rank);
     printf("%-24s %8s %8s", "# request", "tokens", "selected");
     for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++)
         printf(" %9s", ifkv_stage_name((ifkv_stage)stage));

@@ -174,6 +174,8 @@ ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *caller_
         .fingerprint = engine->model.fingerprint,
         .backend = engine->backend->ops->name,
         .n_thread = engine->backend->n_thread,
+        .device = engine->backend->device,
+        .element_bytes = ifkv_dtype_bytes(engine->backend->ops->dtype),
     };
     return ifkv_struct_write(caller_info, &info, sizeof info, "model_info");
 }

@@ -115,7 +115,7 @@ typedef struct ifkv_engine ifkv_engine;
 typedef struct ifkv_engine_options {
     size_t size;
     const char *model_dir; /* Hugging Face directory */
-    const char *backend;   /* NULL or "auto", "cpu" */
+    const char *backend;   /* NULL or "auto", "cpu", "cuda" */
     int n_thread; /* threads of this rank; 0: hardware threads divided by the ranks on this node */
     bool random_weights; /* weights drawn from seed instead of read; config.json is enough then */
     uint64_t seed;
@@ -138,8 +138,10 @@ typedef struct ifkv_model_info {
     bool is_tied;
     size_t weight_bytes;  /* resident, per rank */
     uint64_t fingerprint; /* of config and tensor directory; equal on every rank */
-    const char *backend;  /* "cpu" */
+    const char *backend;  /* "cpu", "cuda" */
     int n_thread;
+    const char *device;   /* what that computes on, for people */
+    size_t element_bytes; /* of weights, activations, K and V */
 } ifkv_model_info;
 
 /* Describe the model.  Strings are borrowed from the engine.  Local. */
@@ -256,7 +258,7 @@ typedef struct ifkv_prefill_options {
 ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *options);
 /* Bytes of arena this rank needs for a request; validates request and options on the way.  Local,
  * the same checks on every rank.  Errors: USAGE, DATA; RESOURCE, with *bytes_p set, if weights and
- * arena exceed this rank's share of the machine's memory. */
+ * arena exceed this rank's share of the memory that the back end computes in. */
 ifkv_status ifkv_engine_plan(const ifkv_engine *engine, const ifkv_request *request,
                              const ifkv_prefill_options *options, size_t *bytes_p);
 /* Grow the engine's arena to at least `bytes` (this rank's).  No session may be open.  Local. */
@@ -301,6 +303,7 @@ typedef struct ifkv_result {
     bool has_store;           /* a chunk store was used */
     int64_t store_hits, store_misses; /* entries, sum over ranks: chunks, and the prefix rows */
     int64_t store_tokens_hit;         /* context rows that were loaded, of n_context */
+    const char *device;               /* what the back end computes on, for people */
 } ifkv_result;
 
 /* The result so far, the same on every rank except first_logits; arrays borrowed from the session.

@@ -125,15 +125,11 @@ static ifkv_status write_texts(ifkv_h5 *file, const ifkv_result *r) {
     const struct {
         const char *name, *text;
     } field[] = {
-        {"method", r->method},
-        {"exchange", r->exchange},
-        {"backend", r->backend},
-        {"comm", r->comm},
-        {"finish", r->finish},
-        {"selected_digest", hex},
-        {"score_layers", r->score_layers},
-        {"geometry", r->geometry},
-        {"hp", r->hp},
+        {"method", r->method},     {"exchange", r->exchange},
+        {"backend", r->backend},   {"device", r->device},
+        {"comm", r->comm},         {"finish", r->finish},
+        {"selected_digest", hex},  {"score_layers", r->score_layers},
+        {"geometry", r->geometry}, {"hp", r->hp},
     };
     for (size_t i = 0; i < sizeof field / sizeof *field; i++)
         if (field[i].text) IFKV_TRY(ifkv_h5_text_write(file, field[i].name, field[i].text));

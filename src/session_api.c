@@ -180,6 +180,7 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .method = session->method,
         .exchange = strcmp(session->method, "full") ? session->exchange_name : "none",
         .backend = engine->backend->ops->name,
+        .device = engine->backend->device,
         .comm = ifkv_comm_name(engine->comm),
         .finish = session->is_stopped ? "stop" : "length",
         .n_rank = engine->comm->size,

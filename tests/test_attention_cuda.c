@@ -1,6 +1,6 @@
 /* Attention over spans on a CUDA device: every kernel, every shape of span, against float64.
  *
- *   test_attention_cuda sm80|sm90 [64|128]        only kernels of that name, only that d_head
+ *   test_attention_cuda [sm80|sm90 [64|128]]      that kernel only, that d_head only
  *
  * Without a GPU the device is the host execution model.  What no kernel may read is NaN, what it
  * may not use is garbage.
@@ -20,9 +20,9 @@
 
 static gen noise;
 static ifkv_attention_kernel kernel;
+static int only_d;            /* 0: every d_head */
 static ifkv_backend *backend; /* for memory only */
 static ifkv_cuda_context context;
-static int only_d;
 
 /* Longest chain of float32 additions over n keys: within a thread's columns of a block, over
  * blocks, over the threads of a row; a multiply of K blocks each. */
@@ -192,8 +192,6 @@ static void check(const problem *p) {
     check_rows(p, 0, p->n_row);
 }
 
-/* ---- spans ---- */
-
 typedef void span_rule(problem *p);
 
 static void causal_spans(problem *p) {
@@ -232,6 +230,14 @@ static void ends_in_any_order(problem *p) {
     const int64_t begin = gen_below(&noise, p->n_key + 1);
     for (int64_t r = 0; r < p->n_row; r++)
         p->begin[r] = begin, p->end[r] = begin + gen_below(&noise, p->n_key - begin + 1);
+}
+
+/* The last row of a tile sees least, the first one all. */
+static void descending_ends(problem *p) {
+    for (int64_t r = 0; r < p->n_row; r++) {
+        p->begin[r] = 0;
+        p->end[r] = 3 * r < p->n_key ? p->n_key - 3 * r : 0;
+    }
 }
 
 /* Groups that start off every block, with empty rows among them and an empty group. */
@@ -281,9 +287,8 @@ SPAN_TEST(single_keys)
 SPAN_TEST(chunks_at_tile_edges)
 SPAN_TEST(windows)
 SPAN_TEST(ends_in_any_order)
+SPAN_TEST(descending_ends)
 SPAN_TEST(groups_with_empty_rows)
-
-/* ---- what is not to be read, and what is not to matter ---- */
 
 static const heads some_heads[] = {{5, 1, 128}, {6, 2, 64}, {3, 1, 32}};
 
@@ -359,8 +364,6 @@ static void a_nan_is_not_hidden(void **state) {
         destroy_problem(&p);
     }
 }
-
-/* ---- invariances ---- */
 
 static void two_runs_give_the_same_bits(void **state) {
     (void)state;
@@ -444,7 +447,7 @@ static void a_group_ignores_its_neighbours(void **state) {
     }
 }
 
-/* Probabilities are the sum's own terms, so an average of one value is that value. */
+/* An average of one value is that value, but for the rounding of probabilities. */
 static void constant_values_come_back(void **state) {
     (void)state;
     FOR_SOME_HEADS(h) {
@@ -580,8 +583,6 @@ static void empty_calls_write_what_is_due(void **state) {
     }
 }
 
-/* ---- parts ---- */
-
 /* A merge in float32 of float32 parts adds no more than a few roundings to their own bounds. */
 static void parts_give_the_whole(void **state) {
     (void)state;
@@ -679,8 +680,6 @@ static void short_spans_ignore_parts(void **state) {
     }
 }
 
-/* ---- refusals ---- */
-
 static void impossible_spans_raise_the_fault_word(void **state) {
     (void)state;
     FOR_SOME_HEADS(h) for (int i = 0; i < 3; i++) {
@@ -733,19 +732,24 @@ static void operands_that_do_not_fit_are_refused(void **state) {
     destroy_problem(&p);
 }
 
-/* A context of its own beside the back end's: the kernel named on the command line, and a workspace
- * for more parts than are ever planned, since tests cut spans very short. */
+static int device_attribute(enum cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    must(cudaGetDevice(&device));
+    must(cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+}
+
+/* A context of its own beside the back end's, with a workspace for more parts than are ever
+ * planned: tests cut spans very short. */
 static int open_context(void **state) {
     (void)state;
-    int device = 0, major = 0, minor = 0;
-    assert_ok(ifkv_backend_open("cuda", 1, 0, &backend));
-    print_message("device: %s\n", backend->device);
-    must(cudaGetDevice(&device));
-    must(cudaDeviceGetAttribute(&context.n_sm, cudaDevAttrMultiProcessorCount, device));
-    must(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    must(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    context.arch = 10 * major + minor;
     const int32_t none = IFKV_CUDA_FAULT_NONE;
+    assert_ok(ifkv_backend_open("cuda", 1, 0, &backend));
+    print_message("kernel %s on %s\n", kernel == IFKV_ATTENTION_SM90 ? "sm90" : "sm80",
+                  backend->device);
+    context.n_sm = device_attribute(cudaDevAttrMultiProcessorCount);
+    context.arch = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+                   device_attribute(cudaDevAttrComputeCapabilityMinor);
     context.fault = gen_upload(backend, &none, sizeof none);
     context.workspace_bytes = 2 << 20;
     assert_ok(backend->ops->alloc(backend, context.workspace_bytes, &context.workspace));
@@ -768,6 +772,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(chunks_at_tile_edges_match_float64),
         cmocka_unit_test(windows_match_float64),
         cmocka_unit_test(ends_in_any_order_match_float64),
+        cmocka_unit_test(descending_ends_match_float64),
         cmocka_unit_test(groups_with_empty_rows_match_float64),
         cmocka_unit_test(keys_no_tile_sees_may_be_nan),
         cmocka_unit_test(masked_keys_change_no_bit),
@@ -788,8 +793,17 @@ int main(int argc, char **argv) {
         cmocka_unit_test(impossible_spans_raise_the_fault_word),
         cmocka_unit_test(operands_that_do_not_fit_are_refused),
     };
-    kernel = argc > 1 && !strcmp(argv[1], "sm90") ? IFKV_ATTENTION_SM90 : IFKV_ATTENTION_SM80;
+    const char *only = argc > 1 ? argv[1] : "";
+    int n_failed = 0;
     only_d = argc > 2 ? atoi(argv[2]) : 0;
     noise = gen_create(argv[0]);
-    return cmocka_run_group_tests(tests, open_context, close_context);
+    kernel = IFKV_ATTENTION_SM80;
+    if (strcmp(only, "sm90") != 0)
+        n_failed += cmocka_run_group_tests(tests, open_context, close_context);
+    kernel = IFKV_ATTENTION_SM90;
+    if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9)
+        print_message("SKIPPED: the sm90 kernel needs compute capability 9.x\n");
+    else if (strcmp(only, "sm80") != 0)
+        n_failed += cmocka_run_group_tests(tests, open_context, close_context);
+    return n_failed;
 }

@@ -17,6 +17,7 @@ import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BIN = os.environ.get("IFKV_BIN", os.path.join(ROOT, "build", "ifkv"))
+EMULATED = os.environ.get("IFKV_EMU_BIN")
 N_VOCAB = 97
 CONFIG = {
     "model_type": "llama", "hidden_act": "silu", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
@@ -64,8 +65,8 @@ class Tool(unittest.TestCase):
                 f.write(json.dumps(item) + "\n")
         return self.path("requests.jsonl")
 
-    def run_tool(self, *args, mpi=0, timeout=60, stdin=None, env=None, **more):
-        command = [BIN, *args]
+    def run_tool(self, *args, mpi=0, timeout=60, stdin=None, env=None, tool=None, **more):
+        command = [tool or BIN, *args]
         if mpi:
             command = ["mpirun", "-n", str(mpi), *command]
         return subprocess.run(command, capture_output=True, timeout=timeout, input=stdin,
@@ -124,8 +125,33 @@ class Arguments(Tool):
             with self.subTest(flag=flag):
                 self.assert_answer(self.prefill([request()], flag, "x"), 2, flag)
 
-    def test_cuda_is_refused_by_name_where_it_is_not_built(self):
-        self.assert_answer(self.prefill([request()], "--backend", "cuda"), 78, "cuda")
+    def test_cuda_says_what_is_missing(self):
+        done = self.prefill([request()], "--backend", "cuda")
+        if b"without CUDA" in done.stderr:
+            self.assert_answer(done, 78, "back end cuda")
+        elif done.returncode != 0:  # no machine of the tests has a device
+            self.assert_answer(done, 69, "back end cuda")
+            self.assertRegex(done.stderr.decode(), "no NVIDIA driver|the NVIDIA driver is for|no device is visible")
+
+    @unittest.skipUnless(EMULATED, "IFKV_EMU_BIN is not set: the CUDA half is not built for the emulated device")
+    def test_an_emulated_device_is_called_that(self):
+        for backend, device in [("cuda", "cuda on emulated device"), ("auto", "cpu on cpu")]:
+            done = self.run_tool("prefill", "--model", self.model, "--random-weights", "1", "--requests",
+                                 self.write_requests([request()]), "--out", self.path(backend), "--backend", backend,
+                                 tool=EMULATED)
+            self.assert_answer(done, 0)
+            self.assertIn(f"backend {device}", done.stdout.decode())
+
+    @unittest.skipUnless(EMULATED, "IFKV_EMU_BIN is not set: the CUDA half is not built for the emulated device")
+    def test_devices_too_old_too_few_or_too_small_are_named(self):
+        for setting, value, part in [("IFKV_EMU_ARCH", "7.5", "compute capability 7.5, expected 8.0"),
+                                     ("IFKV_EMU_DEVICES", "0", "no device is visible"),
+                                     ("IFKV_EMU_MEMORY", "1000000", "no memory")]:
+            with self.subTest(setting=setting):
+                done = self.run_tool("prefill", "--model", self.model, "--random-weights", "1", "--requests",
+                                     self.write_requests([request()]), "--out", self.path("out"), "--backend", "cuda",
+                                     tool=EMULATED, env={setting: value})
+                self.assert_answer(done, 69, "back end cuda", part)
 
     def test_conflicting_options_are_both_named(self):
         self.assert_answer(self.prefill([request()], "--resume", "--overwrite"), 2, "--resume", "--overwrite")

@@ -115,8 +115,9 @@ void multiply(const product &p, int batch) {
                              b = dense(batch_of(p.b_data, p.b, batch), p.b, p.op.transpose_b);
     const size_t m = p.d.rows, n = p.d.cols, k = p.op.transpose_a ? p.a.rows : p.a.cols;
     std::vector<float> sum(m * n);
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)m, (int)n, (int)k, 1, a.data(),
-                (int)k, b.data(), (int)n, 0, sum.data(), (int)n);
+    for (size_t j = 0; j < n; j++) /* one by one: a column's bits do not depend on the others */
+        cblas_sgemv(CblasRowMajor, CblasNoTrans, (int)m, (int)k, 1, a.data(), (int)k, b.data() + j,
+                    (int)n, 0, sum.data() + j, (int)n);
     const void *c = batch_of(p.c_data, p.c, batch);
     void *d = (void *)batch_of(p.d_data, p.d, batch);
     for (size_t i = 0; i < m; i++)
