@@ -61,11 +61,6 @@ static void cuda_free(ifkv_backend *backend, void *data) {
     if (!backend->is_lost) cudaFree(data); /* would wait for the stream */
 }
 
-/* Before the host waits for the stream: who else put work into it may have to give it up. */
-static ifkv_status before_wait(const ifkv_backend *backend) {
-    return backend->before_wait ? backend->before_wait(backend->before_wait_arg) : IFKV_OK;
-}
-
 /* The next piece of staging memory, once what it last held has left it. */
 static ifkv_status next_stage(cuda_backend *cuda, int *stage_p) {
     const int stage = cuda->next_stage;
@@ -73,7 +68,7 @@ static ifkv_status next_stage(cuda_backend *cuda, int *stage_p) {
     *stage_p = stage;
     if (cudaEventQuery(cuda->taken[stage]) != cudaErrorNotReady)
         return IFKV_CUDA(cudaEventSynchronize(cuda->taken[stage]));
-    IFKV_TRY(before_wait(&cuda->base));
+    IFKV_TRY(ifkv_backend_before_wait(&cuda->base));
     return IFKV_CUDA(cudaEventSynchronize(cuda->taken[stage]));
 }
 
@@ -120,7 +115,7 @@ static ifkv_status cuda_sync(ifkv_backend *backend) {
     cuda_backend *cuda = (cuda_backend *)backend;
     IFKV_TRY(IFKV_CUDA(cudaMemcpyAsync(seen_fault(cuda), cuda->context.fault, sizeof(int32_t),
                                        cudaMemcpyDeviceToHost, cuda->context.stream)));
-    IFKV_TRY(before_wait(backend));
+    IFKV_TRY(ifkv_backend_before_wait(backend));
     IFKV_TRY(IFKV_CUDA(cudaStreamSynchronize(cuda->context.stream)));
     return report_fault(cuda);
 }
@@ -128,7 +123,7 @@ static ifkv_status cuda_sync(ifkv_backend *backend) {
 static ifkv_status cuda_download(ifkv_backend *backend, void *to_host, const void *from,
                                  size_t bytes) {
     cuda_backend *cuda = (cuda_backend *)backend;
-    IFKV_TRY(before_wait(backend)); /* a copy into pageable memory waits for itself */
+    IFKV_TRY(ifkv_backend_before_wait(backend)); /* a copy into pageable memory waits for itself */
     if (bytes)
         IFKV_TRY(IFKV_CUDA(
             cudaMemcpyAsync(to_host, from, bytes, cudaMemcpyDeviceToHost, cuda->context.stream)));
@@ -181,7 +176,7 @@ static const ifkv_cuda_context *context_of(const ifkv_backend *backend) {
 static ifkv_status cuda_matmul(ifkv_backend *backend, const ifkv_view *x, const ifkv_view *w,
                                bool add_to_out, const ifkv_view *out) {
     const cuda_backend *cuda = (const cuda_backend *)backend;
-    return ifkv_cuda_matmul_run(cuda->matmul, cuda->context.stream, x, w, add_to_out, out);
+    return ifkv_cuda_matmul_run(cuda->matmul, backend, x, w, add_to_out, out);
 }
 
 static ifkv_status cuda_rms_norm(ifkv_backend *backend, const ifkv_view *x, const ifkv_view *weight,

@@ -289,9 +289,9 @@ static ifkv_status find_reference(ifkv_cuda_matmul *matmul, plan_key key, const 
 }
 
 /* The plan of a shape, made where there is none yet. */
-static ifkv_status find_plan(ifkv_cuda_matmul *matmul, const product *p, const ifkv_view *x,
-                             const ifkv_view *w, const ifkv_view *out, cudaStream_t stream,
-                             const plan **plan_p) {
+static ifkv_status find_plan(ifkv_cuda_matmul *matmul, const ifkv_backend *backend,
+                             const product *p, const ifkv_view *x, const ifkv_view *w,
+                             const ifkv_view *out, const plan **plan_p) {
     const plan_key key = {.bucket = bucket_of(out->n_row),
                           .n_out = out->n_col,
                           .n_in = x->n_col,
@@ -313,14 +313,19 @@ static ifkv_status find_plan(ifkv_cuda_matmul *matmul, const product *p, const i
     IFKV_TRY(list_candidates(matmul, &key, &bucket, N_CANDIDATE, candidate + 1, &n));
     const bool is_choice =
         n > 1 || memcmp(&candidate[0].algo, &candidate[1].algo, sizeof candidate[0].algo);
-    if (is_choice) IFKV_TRY(time_candidates(matmul, p, candidate, 1 + n, out, stream, &best));
+    if (is_choice) {
+        IFKV_TRY(ifkv_backend_before_wait(backend)); /* timing waits for the stream */
+        IFKV_TRY(time_candidates(matmul, p, candidate, 1 + n, out, backend->stream, &best));
+    }
     *plan_p = keep(matmul, &key, &candidate[best].algo);
     return IFKV_OK;
 }
 
-ifkv_status ifkv_cuda_matmul_run(ifkv_cuda_matmul *matmul, cudaStream_t stream, const ifkv_view *x,
-                                 const ifkv_view *w, bool add_to_out, const ifkv_view *out) {
+ifkv_status ifkv_cuda_matmul_run(ifkv_cuda_matmul *matmul, const ifkv_backend *backend,
+                                 const ifkv_view *x, const ifkv_view *w, bool add_to_out,
+                                 const ifkv_view *out) {
     const int64_t n_row = out->n_row, n_out = out->n_col, n_in = x->n_col;
+    const cudaStream_t stream = backend->stream;
     const plan *chosen = NULL;
     product p;
     IFKV_TRY(ifkv_view_check("matmul", "x", x, IFKV_DTYPE_BF16, n_row, n_in));
@@ -332,7 +337,7 @@ ifkv_status ifkv_cuda_matmul_run(ifkv_cuda_matmul *matmul, cudaStream_t stream, 
                  "matmul: got width %lld, expected 1 or more", (long long)n_in);
     if (n_row == 0 || n_out == 0) return IFKV_OK;
     IFKV_TRY(describe(&p, x, w, add_to_out, out, n_row));
-    IFKV_TRY(find_plan(matmul, &p, x, w, out, stream, &chosen));
+    IFKV_TRY(find_plan(matmul, backend, &p, x, w, out, &chosen));
     const cublasStatus_t status = multiply(matmul, &p, &chosen->algo, out->data, stream);
     /* an algorithm of the bucket's end need not fit all of it: the library then looks for another
      */

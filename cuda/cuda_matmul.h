@@ -22,10 +22,11 @@ typedef struct ifkv_cuda_matmul ifkv_cuda_matmul;
 ifkv_status ifkv_cuda_matmul_create(ifkv_cuda_matmul **matmul_p);
 void ifkv_cuda_matmul_destroy(ifkv_cuda_matmul *matmul);
 
-/* matmul of backend.h; out may be float32 too.  Asynchronous on the stream, but the first product
- * of a shape that has several algorithms, which waits while they are timed.
- * Errors: INTERNAL if shapes do not fit. */
-ifkv_status ifkv_cuda_matmul_run(ifkv_cuda_matmul *matmul, cudaStream_t stream, const ifkv_view *x,
-                                 const ifkv_view *w, bool add_to_out, const ifkv_view *out);
+/* matmul of backend.h; out may be float32 too.  Asynchronous on the back end's stream, but the
+ * first product of a shape that has several algorithms, which waits while they are timed. Errors:
+ * INTERNAL if shapes do not fit. */
+ifkv_status ifkv_cuda_matmul_run(ifkv_cuda_matmul *matmul, const ifkv_backend *backend,
+                                 const ifkv_view *x, const ifkv_view *w, bool add_to_out,
+                                 const ifkv_view *out);
 
 #endif

@@ -189,6 +189,11 @@ ifkv_status ifkv_backend_open(const char *name, int n_thread, int node_rank,
                               ifkv_backend **backend_p);
 void ifkv_backend_close(ifkv_backend *backend);
 
+/* For back ends, in front of every wait for the stream.  Errors: those of the communicator. */
+static inline ifkv_status ifkv_backend_before_wait(const ifkv_backend *backend) {
+    return backend->before_wait ? backend->before_wait(backend->before_wait_arg) : IFKV_OK;
+}
+
 /* For back ends: REQUIRE that a view is [n_row, n_col] of this type with a stride that fits;
  * IFKV_ERR_INTERNAL with IFKV_E_SHAPE otherwise.  `op` and `what` are for the message. */
 ifkv_status ifkv_view_check(const char *op, const char *what, const ifkv_view *view,

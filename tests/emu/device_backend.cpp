@@ -17,7 +17,7 @@ static cudaStream_t stream_of(ifkv_backend *backend) {
 }
 
 static ifkv_status device_sync(ifkv_backend *backend) {
-    if (backend->before_wait) IFKV_TRY(backend->before_wait(backend->before_wait_arg));
+    IFKV_TRY(ifkv_backend_before_wait(backend));
     return CHECK(cudaStreamSynchronize(stream_of(backend)));
 }
 
@@ -35,7 +35,7 @@ static ifkv_status device_upload(ifkv_backend *backend, void *to, const void *fr
 
 static ifkv_status device_download(ifkv_backend *backend, void *to, const void *from,
                                    size_t bytes) {
-    if (backend->before_wait) IFKV_TRY(backend->before_wait(backend->before_wait_arg));
+    IFKV_TRY(ifkv_backend_before_wait(backend));
     return CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_of(backend)));
 }
 
