@@ -116,7 +116,8 @@ typedef struct ifkv_backend_ops {
     /* Size per-thread scratch for a model's heads, once, before the first attention.  Allocates. */
     ifkv_status (*prepare)(ifkv_backend *backend, int n_head, int n_kv_head, int d_head);
 
-    /* Memory, 64-byte aligned at least; contents unspecified.  RESOURCE if there is none. */
+    /* Memory, 64-byte aligned at least, all of it taken from the system now; contents unspecified.
+     * RESOURCE if there is none. */
     ifkv_status (*alloc)(ifkv_backend *backend, size_t bytes, void **data_p);
     void (*free)(ifkv_backend *backend, void *data);
     /* upload has read from_host, download has written to_host, when they return. */

@@ -2,6 +2,7 @@
  * AddressSanitizer, that every path gives back what it took.  One rank, "self", random weights. */
 #include "tiny.h"
 
+#include "engine.h"
 #include "error_codes.h"
 #include "model_files.h"
 
@@ -414,6 +415,19 @@ static void more_memory_than_the_machine_has_is_refused(void **state) {
     ifkv_session_close(opened(fixture, (ifkv_prefill_options){0})); /* and nothing is lost */
 }
 
+/* Not when a request first writes to it. */
+static void reserved_memory_is_taken_from_the_system_at_once(void **state) {
+    api_fixture *fixture = *state;
+    const ifkv_engine_options options = engine_options(fixture->model);
+    const size_t bytes = (size_t)64 << 20;
+    ifkv_engine *engine = NULL;
+    assert_ok(ifkv_engine_open(fixture->comm, &options, &engine));
+    const size_t before = ifkv_resident_bytes();
+    assert_ok(ifkv_engine_reserve(engine, bytes));
+    assert_true(ifkv_resident_bytes() >= before + bytes / 10 * 9);
+    ifkv_engine_close(engine);
+}
+
 static void prefill_alone_chooses_the_first_token_and_generates_none(void **state) {
     api_fixture *fixture = *state;
     ifkv_session *session = opened(fixture, (ifkv_prefill_options){.max_new = 0});
@@ -701,6 +715,7 @@ int main(void) {
         cmocka_unit_test(one_session_an_engine),
         cmocka_unit_test(checked_engine_opens_no_session),
         cmocka_unit_test(more_memory_than_the_machine_has_is_refused),
+        cmocka_unit_test(reserved_memory_is_taken_from_the_system_at_once),
         cmocka_unit_test(prefill_alone_chooses_the_first_token_and_generates_none),
         cmocka_unit_test(decode_generates_max_new_tokens_and_no_more),
         cmocka_unit_test(decode_stops_at_an_end_of_turn),

@@ -61,7 +61,7 @@ def run(name, ranks, comm):
         f.write(json.dumps(request_of(name)) + "\n")
     command = [BINARY, "prefill", "--model", model_of(name), "--requests", out + ".jsonl", "--out", out, "--method",
                "epic", "--epic-k", str(EPIC_K), "--exchange", "kv", "--placement", "contiguous", "--backend", "cpu",
-               "--threads", "1", "--max-new", "1", "--save-logits", "--save-kv", "--comm", comm]
+               "--threads", "1", "--max-new", "1", "--ride", "none", "--save-logits", "--save-kv", "--comm", comm]
     command = ["mpirun", "-n", str(ranks)] + command if comm == "mpi" else command + ["--ranks", str(ranks)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                           text=True, timeout=RUN_TIMEOUT_S)
