@@ -243,13 +243,13 @@ typedef bool (*ifkv_stop_fn)(void *arg);
 
 typedef struct ifkv_prefill_options {
     size_t size;
-    const char *method;   /* NULL: "infoflow"; "auto": infoflow if it is estimated to be 3 % faster
-                             than exact prefill, else that ("full" on one rank, "ring"); "none",
-                             "all", "random", "epic", "epic_budget", "cacheblend", "full"; "ring"
-                             and "allgather" are their own exchange */
-    const char *exchange; /* NULL: "auto"; "query", "delta"; "kv", "local": not exact */
-    const char *ratio;    /* exact decimal in [0, 1], NULL: "0.15" */
-    const char *score;    /* NULL: "l2"; "l1", "mass", "l2h" */
+    const char *method;       /* NULL: "infoflow"; "none", "all", "random", "epic", "epic_budget",
+                                 "cacheblend", "full"; "ring" and "allgather" are their own exchange;
+                                 "auto": infoflow if it is estimated to be 3 % faster than exact
+                                 prefill, else that ("full" on one rank, "ring") */
+    const char *exchange;     /* NULL: "auto"; "query", "delta"; "kv", "local": not exact */
+    const char *ratio;        /* exact decimal in [0, 1], NULL: "0.15" */
+    const char *score;        /* NULL: "l2"; "l1", "mass", "l2h" */
     const char *score_rows;   /* NULL: "question"; "prompt" */
     const char *score_layers; /* NULL: "wide"; "published"; "22,23,24,25" */
     const char *placement; /* NULL: "auto"; "zigzag", "contiguous", "longest": changes time, never
