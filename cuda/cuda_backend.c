@@ -235,6 +235,10 @@ static ifkv_status cuda_top_k(ifkv_backend *backend, const float *value, int64_t
     return ifkv_cuda_top_k(context_of(backend), value, n, k, scratch, index);
 }
 
+static ifkv_status cuda_draw(ifkv_backend *backend, const ifkv_draw *draw, int64_t n, void *to) {
+    return ifkv_cuda_draw(context_of(backend), draw, n, to);
+}
+
 static void release_device(cuda_backend *cuda) {
     if (cuda->context.stream) cudaStreamSynchronize(cuda->context.stream);
     ifkv_cuda_matmul_destroy(cuda->matmul);
@@ -255,6 +259,8 @@ static const ifkv_backend_ops cuda_ops = {
     .name = "cuda",
     .dtype = IFKV_DTYPE_BF16,
     .part_dtype = IFKV_DTYPE_F64,
+    .row_block = IFKV_CUDA_ROW_BLOCK, /* tiles of 128 x 256 then fill 132 multiprocessors evenly */
+    .is_row_exact = true,
     .close = cuda_close,
     .prepare = cuda_prepare,
     .alloc = cuda_alloc,
@@ -275,6 +281,7 @@ static const ifkv_backend_ops cuda_ops = {
     .score = cuda_score,
     .row_distance = cuda_row_distance,
     .top_k = cuda_top_k,
+    .draw = cuda_draw,
 };
 
 /* The number of devices, or what is missing. */

@@ -1,14 +1,20 @@
 /* Matrix products of the CUDA back end: bfloat16 operands, float32 sums, over cuBLASLt.
  *
  * Owns the library's handle, its workspace, and the algorithm chosen for every shape met so far.
- * Which algorithm a product uses depends on its shape and on the library, never on what was
- * multiplied before. */
+ * The bits of a row depend on the row and the weights alone in products of more than
+ * IFKV_CUDA_FEW_ROWS rows, else also on the power of two that the number of rows is rounded up to;
+ * never on what was multiplied before, nor on the clock. */
 #ifndef IFKV_CUDA_CUDA_MATMUL_H
 #define IFKV_CUDA_CUDA_MATMUL_H
 
 #include <cuda_runtime_api.h>
 
 #include "backend.h"
+
+enum {
+    IFKV_CUDA_FEW_ROWS = 16,
+    IFKV_CUDA_ROW_BLOCK = 4096 /* rows that algorithms are chosen for, if more than a few */
+};
 
 typedef struct ifkv_cuda_matmul ifkv_cuda_matmul;
 

@@ -55,6 +55,9 @@ ifkv_status ifkv_cuda_row_distance(const ifkv_cuda_context *context, const ifkv_
 ifkv_status ifkv_cuda_top_k(const ifkv_cuda_context *context, const float *value, int64_t n,
                             int64_t k, int64_t *scratch, int64_t *index);
 
+ifkv_status ifkv_cuda_draw(const ifkv_cuda_context *context, const ifkv_draw *draw, int64_t n,
+                           void *to);
+
 /* Attention over spans; out bfloat16 or float32 (partial results), lse float32.  d_head a multiple
  * of 16 up to 128, at most 64 query heads a K/V head; q, k, v: pointers and strides multiples of 16
  * bytes (out and lse anywhere).  begin and end lie in device memory: nothing about them is known on

@@ -73,10 +73,22 @@ typedef struct ifkv_score_args {
     float *score; /* [n_key] float32, added to */
 } ifkv_score_args;
 
+/* A stream of numbers, element i a function of key and i alone: z = mix(key + (i + 1) *
+ * 0x9e3779b97f4a7c15) with the finaliser of splitmix64; the sum of the four 16-bit fields of z less
+ * 2 * 65535, exact in float32, times scale, plus centre, each rounded by itself. */
+typedef struct ifkv_draw {
+    uint64_t key;
+    float scale, centre;
+} ifkv_draw;
+
 typedef struct ifkv_backend_ops {
     const char *name;      /* "cpu" */
     ifkv_dtype dtype;      /* of activations, weights and K/V */
     ifkv_dtype part_dtype; /* of partial outputs that cross ranks while scoring */
+    int64_t row_block;     /* rows of a linear operation at most that are worth their scratch */
+    /* A row's bits depend on nothing but the row, from 17 rows a call on: groups of rows that must
+     * not depend on each other may share a call. */
+    bool is_row_exact;
 
     void (*close)(ifkv_backend *backend);
     /* Size per-thread scratch for a model's heads, once, before the first attention.  Allocates. */
@@ -124,6 +136,9 @@ typedef struct ifkv_backend_ops {
      */
     ifkv_status (*top_k)(ifkv_backend *backend, const float *value, int64_t n, int64_t k,
                          int64_t *scratch, int64_t *index);
+    /* (optional) The first n numbers of a stream, rounded to the back end's dtype, to `to`; NULL:
+     * they are drawn on the host and uploaded. */
+    ifkv_status (*draw)(ifkv_backend *backend, const ifkv_draw *draw, int64_t n, void *to);
 } ifkv_backend_ops;
 
 struct ifkv_backend {

@@ -81,6 +81,10 @@ static const ifkv_backend_ops cpu_ops = {
     /* Parts of parts: one rounding to float32 at the end, so that scores and the selection do not
      * depend on how the keys were dealt to ranks. */
     .part_dtype = IFKV_DTYPE_F64,
+    /* Big enough that packing the weights is small beside the product, small enough that the
+     * gate/up scratch stays in the last-level cache. */
+    .row_block = 1024,
+    .is_row_exact = false,
     .close = cpu_close,
     .prepare = cpu_prepare,
     .alloc = cpu_alloc,

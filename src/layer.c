@@ -7,15 +7,16 @@
 #include "placement.h"
 #include "rope.h"
 
-ifkv_status ifkv_pass_init(ifkv_pass *pass, const ifkv_model *model, const double *frequency,
-                           int64_t max_row, int64_t max_group) {
+ifkv_status ifkv_pass_init(ifkv_pass *pass, const ifkv_model *model, const ifkv_backend *backend,
+                           const double *frequency, int64_t max_row, int64_t max_group) {
+    const int64_t row_block = backend->ops->row_block;
     const size_t row_bytes = (size_t)model->config.d_head * sizeof(float);
     memset(pass, 0, sizeof *pass);
     pass->model = model;
     pass->frequency = frequency;
     pass->max_row = max_row;
-    pass->max_block = max_row < IFKV_ROW_BLOCK ? max_row : IFKV_ROW_BLOCK;
-    pass->max_n_block = max_row / IFKV_ROW_BLOCK + max_group;
+    pass->max_block = max_row < row_block ? max_row : row_block;
+    pass->max_n_block = max_row / row_block + max_group;
     pass->block = malloc(((size_t)pass->max_n_block + 1) * sizeof *pass->block);
     pass->stage =
         malloc((size_t)max_row * (row_bytes > sizeof(int64_t) ? row_bytes : sizeof(int64_t)) + 1);
@@ -47,6 +48,23 @@ void ifkv_pass_layout(ifkv_pass *pass, ifkv_arena *arena, ifkv_dtype dtype) {
     pass->act = ifkv_arena_view(arena, dtype, block, config->d_ff);
 }
 
+static void cut_blocks(ifkv_pass *pass, const ifkv_backend *backend, int64_t n_group,
+                       const int64_t *group_begin) {
+    const int64_t whole[] = {0, pass->n_row};
+    if (backend->ops->is_row_exact && n_group > 0) {
+        n_group = 1;
+        group_begin = whole;
+    }
+    pass->n_block = 0;
+    for (int64_t g = 0; g < n_group; g++) {
+        const int64_t rows = group_begin[g + 1] - group_begin[g],
+                      n = ifkv_even_blocks(rows, backend->ops->row_block);
+        for (int64_t i = 0; i < n; i++)
+            pass->block[pass->n_block++] = group_begin[g] + ifkv_even_begin(rows, n, i);
+    }
+    pass->block[pass->n_block] = pass->n_row;
+}
+
 ifkv_status ifkv_pass_begin(ifkv_pass *pass, ifkv_backend *backend, int64_t n_row,
                             const int32_t *token, const int64_t *position, int64_t n_group,
                             const int64_t *group_begin) {
@@ -55,14 +73,7 @@ ifkv_status ifkv_pass_begin(ifkv_pass *pass, ifkv_backend *backend, int64_t n_ro
                  (long long)pass->max_row);
     const int d_head = pass->model->config.d_head;
     pass->n_row = n_row;
-    pass->n_block = 0;
-    for (int64_t g = 0; g < n_group; g++) {
-        const int64_t rows = group_begin[g + 1] - group_begin[g],
-                      n = ifkv_even_blocks(rows, IFKV_ROW_BLOCK);
-        for (int64_t i = 0; i < n; i++)
-            pass->block[pass->n_block++] = group_begin[g] + ifkv_even_begin(rows, n, i);
-    }
-    pass->block[pass->n_block] = n_row;
+    cut_blocks(pass, backend, n_group, group_begin);
 
     int64_t *id = pass->stage;
     for (int64_t i = 0; i < n_row; i++) id[i] = token[i];

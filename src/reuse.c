@@ -48,8 +48,8 @@ ifkv_status ifkv_reuse_plan(ifkv_session *session) {
     session->encode_stage = malloc(3 * n * sizeof *session->encode_stage + 1);
     IFKV_REQUIRE(session->encode_token && session->encode_position && session->encode_stage,
                  IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session: out of host memory");
-    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->frequency,
-                          session->n_encoded, reuse->n_unit);
+    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->backend,
+                          session->engine->frequency, session->n_encoded, reuse->n_unit);
 }
 
 void ifkv_reuse_layout(ifkv_session *session, ifkv_arena *arena) {

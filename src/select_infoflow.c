@@ -251,7 +251,8 @@ static ifkv_status infoflow_init(ifkv_selector *selector) {
     self->exchange.base.cache = (ifkv_kvcache *)input->cache;
     IFKV_TRY(question_init(&self->exchange, input));
     IFKV_TRY(ifkv_scores_init(&self->scores, input));
-    return ifkv_pass_init(&self->pass, input->model, input->frequency, input->n_question, 1);
+    return ifkv_pass_init(&self->pass, input->model, input->backend, input->frequency,
+                          input->n_question, 1);
 }
 
 static void infoflow_fini(ifkv_selector *selector) {

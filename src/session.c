@@ -203,8 +203,8 @@ static ifkv_status list_encode_rows(ifkv_session *session) {
     }
     session->encode_begin[n_chunk] = row;
     const int64_t groups = session->n_chunk;
-    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->frequency,
-                          session->n_encoded, groups);
+    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->backend,
+                          session->engine->frequency, session->n_encoded, groups);
 }
 
 void ifkv_session_spread_tokens(ifkv_session *session) {
@@ -328,7 +328,9 @@ static ifkv_status plan_rows(ifkv_session *session, const char *exchange, int64_
     };
     IFKV_TRY(ifkv_exchange_create(exchange, engine->backend, engine->data, &session->cache, &shape,
                                   exchange_p));
-    return pass ? ifkv_pass_init(pass, &engine->model, engine->frequency, max_home, 1) : IFKV_OK;
+    return pass ? ifkv_pass_init(pass, &engine->model, engine->backend, engine->frequency, max_home,
+                                 1)
+                : IFKV_OK;
 }
 
 static ifkv_status plan_passes(ifkv_session *session) {

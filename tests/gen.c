@@ -62,7 +62,7 @@ static void encode(ifkv_dtype dtype, double value, void *stored) {
     }
 }
 
-static double decode(ifkv_dtype dtype, const void *stored) {
+double gen_decode(ifkv_dtype dtype, const void *stored) {
     uint16_t upper = 0;
     double value;
     float narrow;
@@ -83,7 +83,7 @@ static double decode(ifkv_dtype dtype, const void *stored) {
 double gen_round(ifkv_dtype dtype, double value) {
     unsigned char stored[sizeof value];
     encode(dtype, value, stored);
-    return decode(dtype, stored);
+    return gen_decode(dtype, stored);
 }
 
 static gen_matrix create(gen *g, ifkv_backend *backend, ifkv_dtype dtype, int64_t n_row,
@@ -123,7 +123,7 @@ void gen_matrix_write(gen_matrix *m) {
         for (int64_t col = 0; col < m->view.n_col; col++) {
             unsigned char *stored = m->image + element_at(m, row, col);
             encode(dtype, *gen_at(m, row, col), stored);
-            *gen_at(m, row, col) = decode(dtype, stored);
+            *gen_at(m, row, col) = gen_decode(dtype, stored);
         }
     must(m->backend->ops->upload(m->backend, m->base, m->image, m->bytes) == IFKV_OK, "upload");
     must(m->backend->ops->sync(m->backend) == IFKV_OK, "sync");
@@ -141,7 +141,7 @@ bool gen_matrix_read(gen_matrix *m) {
         if (row == m->view.n_row) break;
         next = element_at(m, row, m->view.n_col);
         for (int64_t col = 0; col < m->view.n_col; col++)
-            *gen_at(m, row, col) = decode(m->view.dtype, m->image + element_at(m, row, col));
+            *gen_at(m, row, col) = gen_decode(m->view.dtype, m->image + element_at(m, row, col));
     }
     return is_intact;
 }

@@ -57,6 +57,8 @@ static inline double *gen_at(const gen_matrix *m, int64_t row, int64_t col) {
     return &m->value[row * m->view.n_col + col];
 }
 
+/* The number stored there. */
+double gen_decode(ifkv_dtype dtype, const void *stored);
 /* The nearest number of that type, ties to even. */
 double gen_round(ifkv_dtype dtype, double value);
 

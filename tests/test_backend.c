@@ -616,6 +616,46 @@ static void bits_ignore_thread_count(void **state) {
     }
 }
 
+/* What a row-exact back end promises: a row has the bits it has in any other company of 17 rows or
+ * more. */
+static void rows_ignore_their_company(void **state) {
+    ifkv_backend *backend = *state;
+    const ifkv_backend_ops *ops = backend->ops;
+    const int64_t n = 100, n_in = 256, n_out = 320, cut[] = {0, 17, 60, 100};
+    if (!ops->is_row_exact) {
+        print_message("skipped: back end %s does not promise it\n", ops->name);
+        skip();
+    }
+    is_aligned = true;
+    gen_matrix x = make(backend, n, n_in, 0, GEN_UNIFORM),
+               w = make(backend, n_out, n_in, 0, GEN_UNIFORM),
+               norm = make(backend, 1, n_out, 0, GEN_UNIFORM),
+               angle = make_of(backend, IFKV_DTYPE_F32, n, 64, 0, GEN_UNIFORM), out[2], act[2];
+    for (int i = 0; i < 2; i++) {
+        out[i] = make(backend, n, n_out, 0, GEN_POISON);
+        act[i] = make(backend, n, n_out / 2, 0, GEN_POISON);
+        for (int c = 0; c < (i ? 3 : 1); c++) {
+            const int64_t row = i ? cut[c] : 0, rows = (i ? cut[c + 1] : n) - row;
+            const ifkv_view from = ifkv_view_rows(&x.view, row, rows),
+                            to = ifkv_view_rows(&out[i].view, row, rows),
+                            half = ifkv_view_rows(&act[i].view, row, rows),
+                            turn = ifkv_view_rows(&angle.view, row, rows);
+            assert_ok(ops->matmul(backend, &from, &w.view, false, &to));
+            assert_ok(ops->matmul(backend, &from, &w.view, true, &to));
+            assert_ok(ops->rms_norm(backend, &to, &norm.view, 1e-5, &to));
+            assert_ok(ops->rope(backend, &to, (int)n_out / 64, NULL, 0, &turn));
+            assert_ok(ops->swiglu(backend, &to, &half));
+        }
+        assert_true(gen_matrix_read(&out[i]) && gen_matrix_read(&act[i]));
+    }
+    assert_memory_equal(out[0].image, out[1].image, out[0].bytes);
+    assert_memory_equal(act[0].image, act[1].image, act[0].bytes);
+    for (int i = 0; i < 2; i++) gen_matrix_destroy(&out[i]), gen_matrix_destroy(&act[i]);
+    gen_matrix_destroy(&x), gen_matrix_destroy(&w), gen_matrix_destroy(&norm);
+    gen_matrix_destroy(&angle);
+    is_aligned = false;
+}
+
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(names_and_thread_counts_are_checked),
@@ -638,6 +678,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(operands_that_do_not_fit_are_refused),
         cmocka_unit_test(rows_outside_are_refused),
         cmocka_unit_test(bits_ignore_thread_count),
+        cmocka_unit_test(rows_ignore_their_company),
     };
     backend_name = argc > 1 ? argv[1] : "cpu";
     noise = gen_create(argv[0]);

@@ -336,6 +336,69 @@ static void exact_methods_are_full_prefill(void **state) {
     tiny_run_fini(&want), tiny_run_fini(&near);
 }
 
+/* Weights of the engine at hand, one tensor after the other, as numbers; the caller frees them. */
+static double *weights_of(const ifkv_engine *engine, int64_t *n_p) {
+    const ifkv_model *model = &engine->model;
+    ifkv_view view[3 + 8 * 8] = {model->embed, model->final_norm, model->lm_head};
+    int n_view = 3;
+    for (int l = 0; l < model->config.n_layer && l < 8; l++) {
+        const ifkv_layer_weights *w = &model->layer[l];
+        const ifkv_view of[] = {w->attention_norm, w->qkv,     w->q_norm, w->k_norm, w->o,
+                                w->mlp_norm,       w->gate_up, w->down};
+        for (int i = 0; i < 8; i++) view[n_view++] = of[i];
+    }
+    int64_t n = 0;
+    for (int i = 0; i < n_view; i++) n += view[i].n_row * view[i].n_col;
+    double *value = malloc((size_t)n * sizeof *value), *next = value;
+    if (!value) abort(); /* a test without memory has no verdict */
+    for (int i = 0; i < n_view; i++) {
+        const int64_t m = view[i].n_row * view[i].n_col;
+        const size_t element = ifkv_dtype_bytes(view[i].dtype);
+        char *stored = malloc((size_t)m * element + 1);
+        if (!stored) abort();
+        if (m)
+            engine->backend->ops->download(engine->backend, stored, view[i].data,
+                                           (size_t)m * element);
+        for (int64_t j = 0; j < m; j++)
+            *next++ = gen_decode(view[i].dtype, stored + (size_t)j * element);
+        free(stored);
+    }
+    *n_p = n;
+    return value;
+}
+
+static double *host_weights;
+static int64_t n_host_weight;
+static bool are_alike;
+
+static ifkv_status keep_weights(ifkv_engine *engine) {
+    host_weights = weights_of(engine, &n_host_weight);
+    return IFKV_OK;
+}
+
+static ifkv_status compare_weights(ifkv_engine *engine) {
+    int64_t n = 0;
+    double *device = weights_of(engine, &n);
+    are_alike = n == n_host_weight && n > 0;
+    for (int64_t i = 0; i < n && are_alike; i++)
+        are_alike = device[i] == gen_round(IFKV_DTYPE_BF16, host_weights[i]);
+    free(device);
+    return IFKV_OK;
+}
+
+/* Drawn on the device, they are those the host draws, rounded. */
+static void weights_of_a_seed_are_the_same_everywhere(void **state) {
+    (void)state;
+    for (int i = 0; i < N_CASE; i += 2) { /* llama with a tied head, qwen3 with norms of heads */
+        const ifkv_prefill_options none = {.method = "none"};
+        tiny_run host = run_on(&cases[i], "cpu", keep_weights, 1, none),
+                 device = run_on(&cases[i], backend_name, compare_weights, 1, none);
+        free(host_weights);
+        assert_true(are_alike);
+        tiny_run_fini(&host), tiny_run_fini(&device);
+    }
+}
+
 /* I22. */
 static void same_inputs_give_the_same_bits(void **state) {
     (void)state;
@@ -350,6 +413,7 @@ static void same_inputs_give_the_same_bits(void **state) {
 
 int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(weights_of_a_seed_are_the_same_everywhere),
         cmocka_unit_test(errors_are_those_of_bfloat16),
         cmocka_unit_test(selection_follows_the_scores),
         cmocka_unit_test(ranks_change_nothing_beyond_rounding),

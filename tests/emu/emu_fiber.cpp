@@ -1,3 +1,4 @@
+/* The switch is a function call that returns on another stack (System V x86-64). */
 #include "emu_fiber.h"
 
 #include <stdint.h>

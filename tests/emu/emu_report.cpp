@@ -1,3 +1,4 @@
+/* Texts of reports: the first of a launch counts, from whatever OS thread it comes. */
 #include "emu_report.h"
 
 #include "emu_block.h"

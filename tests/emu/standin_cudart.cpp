@@ -146,6 +146,7 @@ cudaError_t cudaRuntimeGetVersion(int *version_p) {
 
 cudaError_t cudaDriverGetVersion(int *version_p) {
     *version_p = CUDART_VERSION;
+    emu::is_failing("cudaDriverVersion", version_p);
     return emu::enter(__func__);
 }
 

@@ -565,10 +565,11 @@ ncclResult_t ncclCommRegister(const ncclComm_t comm, void *data, size_t bytes, v
 }
 
 ncclResult_t ncclCommDeregister(const ncclComm_t comm, void *handle) {
-    if (const ncclResult_t result = enter(__func__)) return result;
     const communicator_ptr c = find(comm);
     const std::lock_guard<std::mutex> lock(c->mutex);
-    return c->registered.erase(handle) ? ncclSuccess : ncclInvalidArgument;
+    const bool was_registered = c->registered.erase(handle) == 1;
+    if (const ncclResult_t result = enter(__func__)) return result;
+    return was_registered ? ncclSuccess : ncclInvalidArgument;
 }
 
 ncclResult_t ncclCommFinalize(ncclComm_t comm) {

@@ -251,6 +251,7 @@ enum {
     B_UNWRITTEN,
     LOAD_OVER_B,
     OTHER_SWIZZLE,
+    LEAVES_LINE,
     CHAIN_TOUCHED,
     PART_OF_ACCUMULATOR
 };
@@ -273,6 +274,7 @@ __global__ void __launch_bounds__(128) product_kernel(const __grid_constant__ Ar
                                       bug == FEW_ROWS      ? 512
                                       : bug == REACHES_OUT ? 65536
                                                            : 1024);
+    if (bug == LEAVES_LINE) b = ptx_wgmma_descriptor_advance(b, 112);
     if (bug == OTHER_SWIZZLE) b ^= static_cast<uint64_t>(3) << 62;
     if (bug == LANES_DIFFER && me() == 9) a += 2;
     if (bug == WARPS_DIFFER && me() >= 96) b += 2;
@@ -312,6 +314,8 @@ __global__ void __launch_bounds__(384, 1)
             ptx_setmaxnreg_dec<40>();
         else if (args.bug != THREE_WARPS || me() < 96)
             ptx_setmaxnreg_dec<24>();
+    } else if (args.bug == THREE_WARPS) {
+        ptx_setmaxnreg_inc<216>(); // what three warps gave is enough
     } else {
         ptx_setmaxnreg_inc<240>();
     }
@@ -440,6 +444,7 @@ const Case cases[] = {
      ALWAYS},
     {"descriptor out of shared memory", product_kernel, 128, REACHES_OUT, "outside of the block's",
      ALWAYS},
+    {"k step out of its line", product_kernel, 128, LEAVES_LINE, "of its 128-byte line", ALWAYS},
     {"descriptor of another swizzle", product_kernel, 128, OTHER_SWIZZLE, "says swizzle", ALWAYS},
     {"missing wgmma.fence", product_kernel, 128, NO_ACCUMULATOR_FENCE, "without wgmma.fence",
      ALWAYS},
@@ -466,7 +471,8 @@ const Case cases[] = {
     {"wgmma by three warps", product_kernel, 128, PARTIAL_GROUP, "deadlock", ALWAYS},
     {"wgmma of memory nobody wrote", product_kernel, 128, B_UNWRITTEN, "which nobody wrote",
      ALWAYS},
-    {"setmaxnreg by three warps", registers_kernel, 384, THREE_WARPS, "deadlock", ALWAYS},
+    {"setmaxnreg by three warps", registers_kernel, 384, THREE_WARPS, "of one warpgroup executed",
+     ALWAYS},
     {"more registers than there are", registers_kernel, 384, TOO_MANY, "wait at setmaxnreg.inc",
      ALWAYS},
     {"setmaxnreg the wrong way", registers_kernel, 384, WRONG_WAY, "setmaxnreg.inc to 24", ALWAYS},
