@@ -240,6 +240,14 @@ static void descending_ends(problem *p) {
     }
 }
 
+/* The first row of a tile sees least; within 32 rows the ends cross a block. */
+static void steep_ends(problem *p) {
+    for (int64_t r = 0; r < p->n_row; r++) {
+        const int64_t end = p->n_key - 3 * (p->n_row - 1 - r);
+        p->begin[r] = 0, p->end[r] = end > 0 ? end : 0;
+    }
+}
+
 /* Groups that start off every block, with empty rows among them and an empty group. */
 static void groups_with_empty_rows(problem *p) {
     int64_t begin = 0;
@@ -288,6 +296,7 @@ SPAN_TEST(chunks_at_tile_edges)
 SPAN_TEST(windows)
 SPAN_TEST(ends_in_any_order)
 SPAN_TEST(descending_ends)
+SPAN_TEST(steep_ends)
 SPAN_TEST(groups_with_empty_rows)
 
 static const heads some_heads[] = {{5, 1, 128}, {6, 2, 64}, {3, 1, 32}};
@@ -773,6 +782,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(windows_match_float64),
         cmocka_unit_test(ends_in_any_order_match_float64),
         cmocka_unit_test(descending_ends_match_float64),
+        cmocka_unit_test(steep_ends_match_float64),
         cmocka_unit_test(groups_with_empty_rows_match_float64),
         cmocka_unit_test(keys_no_tile_sees_may_be_nan),
         cmocka_unit_test(masked_keys_change_no_bit),
