@@ -53,10 +53,26 @@ static void hold_standard_streams(void) {
 
 static const char *rank_variables[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PMI_ID"};
 
+/* Rank 0 as far as the launcher's variables tell. */
+static bool is_first(void) {
+    for (size_t i = 0; i < sizeof rank_variables / sizeof *rank_variables; i++) {
+        const char *rank = getenv(rank_variables[i]);
+        if (rank) return !strcmp(rank, "0");
+    }
+    return true;
+}
+
 static bool is_launched(void) {
     for (size_t i = 0; i < sizeof rank_variables / sizeof *rank_variables; i++)
         if (getenv(rank_variables[i])) return true;
     return false;
+}
+
+/* A task of several that srun started without PMI: no rank variable tells it from its copies.  The
+ * steps that are shells, where one process alone is right, have numbers from 4294967290 up. */
+static bool is_copy(void) {
+    const char *task = getenv("SLURM_STEP_NUM_TASKS"), *step = getenv("SLURM_STEP_ID");
+    return task && step && strcmp(task, "1") != 0 && strlen(step) < 8 && !is_launched();
 }
 
 #if IFKV_HAVE_MPI
@@ -100,6 +116,9 @@ static void report_error(const ifkv_comm *comm) {
         snprintf(where, sizeof where, " [rank %d of %d host %s]", rank, size, host);
     fflush(stdout);
     fprintf(stderr, "ifkv: error: %s%s [code E%04d]\n", error->text, where, error->code);
+    if (error->code == IFKV_E_COMM_LAUNCH)
+        fprintf(stderr, "ifkv: hint: start the ranks by the mpirun of this MPI, or by srun "
+                        "--mpi=pmix\n");
     if (error->code == IFKV_E_TENSOR_HEADER && strstr(error->text, "git-lfs"))
         fprintf(stderr, "ifkv: hint: the file is a Git LFS pointer; run `git lfs pull` in the "
                         "model directory\n");
@@ -153,6 +172,8 @@ static ifkv_status comm_name(const cli_options *options, const char **name_p) {
                  "--ranks %d: got communicator %s, expected thread; mpirun -n or srun -n set the "
                  "ranks of mpi",
                  (int)options->ranks, name);
+    IFKV_REQUIRE(!is_copy(), IFKV_ERR_RESOURCE, IFKV_E_COMM_LAUNCH,
+                 "srun started %s tasks and told this one no rank", getenv("SLURM_STEP_NUM_TASKS"));
     *name_p = name;
     return IFKV_OK;
 }
@@ -225,8 +246,7 @@ int main(int argc, char **argv) {
         cli_help(command);
         return finish(IFKV_OK, NULL);
     }
-    const char *rank = getenv(rank_variables[0]);
-    if (!options.quiet && (!rank || !strcmp(rank, "0"))) cli_environment_warn();
+    if (!options.quiet && is_first()) cli_environment_warn();
     const cli_job job = {command, &options, digest_of_start(argc, argv)};
     ifkv_comm *comm = NULL;
     status = run_job(&job, &comm);

@@ -86,6 +86,13 @@ ifkv_status cli_requests_plan(ifkv_engine *engine, const cli_options *options,
  * Collective. */
 ifkv_status cli_store_open(ifkv_comm *comm, const cli_options *options, ifkv_chunk_store **store_p);
 
+/* Let USR1, TERM, INT and HUP ask for a stop (faults 5.7): USR1, which Slurm sends before the time
+ * limit, gives the request under way 25 s to reach the end of a stage, the others 1 s, as mpirun
+ * kills 2 s after TERM; at the deadline, or at a second signal, the process ends with 75.  That is
+ * safe at any instant, since files appear complete or not at all. */
+void cli_stop_watch(void);
+bool cli_stop_is_asked(void *unused);
+
 /* A line on standard error that is rewritten as work goes on; on a terminal only, and never under a
  * launcher. */
 typedef struct cli_progress {

@@ -301,6 +301,7 @@ static ifkv_status run_session(prefill_run *run, int64_t i, bool is_first, uint6
     run->progress.i_request = i;
     options.progress = cli_progress_show;
     options.progress_arg = &run->progress;
+    options.stop = cli_stop_is_asked;
     ifkv_session *session = NULL;
     ifkv_result result = {.size = sizeof result};
     ifkv_status status;
@@ -320,6 +321,17 @@ out:
     return status;
 }
 
+/* The library knows of one request only. */
+static ifkv_status explain_stop(const prefill_run *run, ifkv_status status) {
+    if (ifkv_last_error()->code != IFKV_E_INTERRUPTED) return status;
+    status = IFKV_FAIL(status, IFKV_E_INTERRUPTED,
+                       "stopped by a signal at request %lld of %lld; what is finished is kept, "
+                       "--resume goes on from there",
+                       (long long)run->progress.i_request + 1, (long long)run->list->n);
+    ifkv_error_share(0);
+    return status;
+}
+
 static ifkv_status run_requests(prefill_run *run) {
     uint64_t *digest = calloc((size_t)ifkv_comm_size(run->comm), sizeof *digest);
     IFKV_REQUIRE(digest, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "out of memory");
@@ -332,7 +344,7 @@ static ifkv_status run_requests(prefill_run *run) {
         is_first = false;
     }
     free(digest);
-    if (status != IFKV_OK) return status;
+    if (status != IFKV_OK) return explain_stop(run, status);
     if (run->output) status = ifkv_output_finish(run->output);
     return ifkv_comm_agree(run->comm, status, NULL);
 }
@@ -355,6 +367,7 @@ static void run_fini(prefill_run *run) {
 
 ifkv_status cli_prefill(ifkv_comm *comm, const cli_options *options) {
     prefill_run run = {.comm = comm, .options = options};
+    cli_stop_watch();
     const ifkv_prefill_options prefill = cli_prefill_options(options, NULL, NULL);
     ifkv_engine *checked = NULL;
     size_t bytes = 0;

@@ -6,11 +6,12 @@
 
 enum {
     /* 01xx command line and environment */
-    IFKV_E_ARGUMENT = 101, /* unknown flag or command */
-    IFKV_E_VALUE = 102,    /* flag or option value out of range */
-    IFKV_E_CONFLICT = 103, /* two flags exclude each other */
-    IFKV_E_STRUCT = 104,   /* options struct: NULL, or a size this library does not know */
-    IFKV_E_STATE = 105,    /* call out of order */
+    IFKV_E_ARGUMENT = 101,    /* unknown flag or command */
+    IFKV_E_VALUE = 102,       /* flag or option value out of range */
+    IFKV_E_CONFLICT = 103,    /* two flags exclude each other */
+    IFKV_E_STRUCT = 104,      /* options struct: NULL, or a size this library does not know */
+    IFKV_E_STATE = 105,       /* call out of order */
+    IFKV_E_INTERRUPTED = 106, /* stopped by a signal or the caller */
     /* 02xx config.json */
     IFKV_E_CONFIG_FILE = 201,  /* missing or unreadable */
     IFKV_E_CONFIG_JSON = 202,  /* not valid JSON */

@@ -218,6 +218,8 @@ typedef enum ifkv_stage {
 const char *ifkv_stage_name(ifkv_stage stage);
 
 typedef void (*ifkv_progress_fn)(void *arg, ifkv_stage stage, int64_t done, int64_t total);
+/* True: give up before the next stage.  Asked on every rank; one rank's answer is everybody's. */
+typedef bool (*ifkv_stop_fn)(void *arg);
 
 typedef struct ifkv_prefill_options {
     size_t size;
@@ -246,6 +248,8 @@ typedef struct ifkv_prefill_options {
     const char *geometry;    /* of scoring; NULL: "global"; "hl-tp", "hl-hp", "tl-tp" */
     const char *hp;          /* of geometry "hl-hp"; NULL: "shared"; "per_chunk" */
     int64_t epic_k;          /* of method "epic": rows at the head of each chunk; 0: 16 */
+    ifkv_stop_fn stop;       /* on every rank or on none; a session that stops returns BUSY */
+    void *stop_arg;
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */

@@ -33,6 +33,18 @@ static ifkv_status run_stage(ifkv_session *session, ifkv_stage stage,
     return IFKV_OK;
 }
 
+/* Between stages a rank may give up; all do, or none. */
+static ifkv_status check_stop(ifkv_comm *comm, const ifkv_prefill_options *options) {
+    if (!options || options->size < sizeof *options || !options->stop) return IFKV_OK;
+    int64_t is_stopping = options->stop(options->stop_arg);
+    IFKV_TRY(ifkv_comm_all_reduce_i64(comm, &is_stopping, 1, IFKV_REDUCE_MAX));
+    if (!is_stopping) return IFKV_OK;
+    const ifkv_status status =
+        IFKV_FAIL(IFKV_ERR_BUSY, IFKV_E_INTERRUPTED, "stopped as asked; nothing of it was kept");
+    ifkv_error_share(0);
+    return status;
+}
+
 /* Plan and take memory.  The ids of rank 0 are everybody's: they are what the clock says they are,
  * distributed here. */
 static ifkv_status place(ifkv_engine *engine, const ifkv_request *request,
@@ -90,6 +102,7 @@ ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
     ifkv_session *session = NULL;
     /* outside the clock, as loading them is; an error shows again where the ranks agree */
     if (options && options->size >= sizeof *options && options->store) ifkv_engine_identify(engine);
+    IFKV_TRY(check_stop(engine->comm, options));
     IFKV_TRY(ifkv_comm_barrier(engine->comm));
     const double begin = backend->ops->clock_ms(backend);
     engine->comm->bytes_received = 0;
@@ -97,8 +110,10 @@ ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
     ifkv_status status = distribute_ids(session);
     session->ms[IFKV_STAGE_PLACE] = backend->ops->clock_ms(backend) - begin;
     session->bytes[IFKV_STAGE_PLACE] = engine->comm->bytes_received;
-    for (size_t i = 0; i < sizeof stages / sizeof *stages && status == IFKV_OK; i++)
-        status = run_stage(session, stages[i].stage, stages[i].run);
+    for (size_t i = 0; i < sizeof stages / sizeof *stages && status == IFKV_OK; i++) {
+        if (i > 0) status = check_stop(engine->comm, options);
+        if (status == IFKV_OK) status = run_stage(session, stages[i].stage, stages[i].run);
+    }
     if (status != IFKV_OK) {
         ifkv_session_close(session);
         return status;
@@ -110,6 +125,7 @@ ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
 
 ifkv_status ifkv_session_decode(ifkv_session *session) {
     IFKV_REQUIRE(session, IFKV_ERR_USAGE, IFKV_E_STRUCT, "session_decode: got NULL");
+    IFKV_TRY(check_stop(session->engine->comm, &session->options));
     return run_stage(session, IFKV_STAGE_DECODE, ifkv_prefill_decode);
 }
 

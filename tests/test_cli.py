@@ -5,6 +5,7 @@ Each case is one bad or odd input and its promised answer: exit code, one line t
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -333,6 +334,58 @@ class Output(Tool):
         self.assertEqual(strip, [(r["id"], r["answer_ids"], r["selected_digest"]) for r in self.results("whole")])
         self.assertEqual([n for n in os.listdir(self.path("out")) if n.endswith(".tmp") and
                           os.listdir(os.path.join(self.path("out"), n))], [])
+
+    def stopped_run(self, number, ranks, only_one=False):
+        """Start 60 requests, send the signal once two are published, and return what the tool answered."""
+        items = [request(id=str(i), chunks=[[5 + i % 50] * 300, [7] * 200]) for i in range(60)]
+        args = [BIN, "prefill", "--model", self.model, "--random-weights", "1", "--requests", self.write_requests(items),
+                "--out", self.path("out"), "--max-new", "4", "--resume", *(["--ranks", str(ranks)] if ranks > 0 else [])]
+        if ranks < 0:
+            args = ["mpirun", "-n", str(-ranks), *args]
+        process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        until = time.time() + 30
+        while time.time() < until:
+            try:
+                if len(self.results()) >= 2:
+                    break
+            except FileNotFoundError:
+                time.sleep(0.01)
+        target = process.pid
+        if only_one:
+            names = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            target = int(names[-1])
+        os.kill(target, number)
+        out, err = process.communicate(timeout=30)
+        return items, args, subprocess.CompletedProcess(args, process.returncode, out, err)
+
+    def test_stop_signal_ends_with_75_and_resume_goes_on(self):
+        for number, ranks in [(signal.SIGUSR1, 0), (signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGUSR1, -2)]:
+            with self.subTest(signal=number, ranks=ranks):
+                items, args, done = self.stopped_run(number, ranks)
+                self.assert_answer(done, 75, "stopped by a signal", "--resume", "E0106")
+                kept = len(self.results())
+                self.assertTrue(2 <= kept < len(items), kept)
+                self.assert_answer(self.run_tool("verify", self.path("out")), 0)
+                self.assert_answer(subprocess.run(args, capture_output=True, timeout=60), 0)
+                self.assertEqual([r["id"] for r in self.results()], [i["id"] for i in items])
+                shutil.rmtree(self.path("out"))
+
+    def test_stop_signal_to_one_rank_stops_all(self):
+        _, _, done = self.stopped_run(signal.SIGUSR1, -2, only_one=True)
+        self.assert_answer(done, 75, "stopped by a signal")
+
+    def test_second_stop_signal_ends_at_once(self):
+        self.write_config(dict(CONFIG, max_position_embeddings=200000, eos_token_id=None))
+        process = subprocess.Popen([BIN, "prefill", "--model", self.model, "--random-weights", "1", "--requests",
+                                    self.write_requests([request()]), "--out", self.path("out"), "--max-new", "100000"],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(1)  # in the middle of a decode of many seconds, which one signal waits for
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)
+        self.assertIsNone(process.poll())
+        process.send_signal(signal.SIGUSR1)
+        process.communicate(timeout=2)
+        self.assertEqual(process.returncode, 75)
 
     def test_full_disk_is_an_answer_and_leaves_nothing_half_written(self):
         done = self.prefill([request(chunks=[[5] * 900, [6] * 900])], "--save-kv",
