@@ -104,6 +104,7 @@ ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
     if (options && options->size >= sizeof *options && options->store) ifkv_engine_identify(engine);
     IFKV_TRY(check_stop(engine->comm, options));
     IFKV_TRY(ifkv_comm_barrier(engine->comm));
+    ifkv_comm_phase(engine->comm, IFKV_STAGE_PLACE);
     const double begin = backend->ops->clock_ms(backend);
     engine->comm->bytes_received = 0;
     IFKV_TRY(place(engine, request, options, &session));
@@ -112,8 +113,10 @@ ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
     session->bytes[IFKV_STAGE_PLACE] = engine->comm->bytes_received;
     for (size_t i = 0; i < sizeof stages / sizeof *stages && status == IFKV_OK; i++) {
         if (i > 0) status = check_stop(engine->comm, options);
+        ifkv_comm_phase(engine->comm, (int)stages[i].stage);
         if (status == IFKV_OK) status = run_stage(session, stages[i].stage, stages[i].run);
     }
+    ifkv_comm_phase(engine->comm, IFKV_STAGE_DECODE);
     if (status != IFKV_OK) {
         ifkv_session_close(session);
         return status;

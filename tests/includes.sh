@@ -24,7 +24,7 @@ foreign 'cblas\.h' 'src/cpu_matmul\.[ch]'
 foreign 'omp\.h' 'src/cpu_[a-z_]*\.[ch]'
 foreign 'jansson\.h' 'src/(json\.[ch]|config[a-z_]*\.[ch]|safetensors[a-z_]*\.[ch]|model_check\.[ch]|request[a-z0-9_]*\.[ch]|manifest\.[ch]|output[a-z_]*\.[ch]|cli[a-z_]*\.[ch])|bench/quality[a-z_]*\.[ch]|tests/[a-z0-9_]*\.c'
 foreign 'pthread\.h' 'comm/comm_thread\.c|comm/comm_nccl\.c'
-foreign 'threads\.h' 'src/store\.c|tests/test_reuse\.c'
+foreign 'threads\.h' 'src/store\.c|comm/timeline\.c|tests/test_reuse\.c'
 foreign 'cmocka\.h' 'tests/test\.h'
 foreign 'xxhash\.h' 'src/digest\.c|tests/[a-z_]*\.c'
 
@@ -33,7 +33,7 @@ level() {
     case $1 in
     ifkv.h | status.h | error_codes.h | log.h) echo 0 ;;
     tensor.h | placement.h | geometry.h | config.h | config_*.h | rope.h | file.h | json.h | digest.h | convert.h | guard.h) echo 1 ;;
-    backend.h | arena.h | comm.h | cpu_*.h | mpi_check.h | nccl_check.h) echo 2 ;;
+    backend.h | arena.h | comm.h | timeline.h | cpu_*.h | mpi_check.h | nccl_check.h) echo 2 ;;
     h5.h | h5_file.h | safetensors*.h | model.h | model_check.h | store*.h | weights.h | weights_random.h | request.h | kvcache.h | publish.h | manifest.h) echo 3 ;;
     exchange.h | exchange_owned.h) echo 4 ;;
     layer.h) echo 5 ;;
