@@ -38,6 +38,9 @@ const cli_command cli_commands[] = {
      CLI_TALK, 1, false, cli_inspect},
     {"store", "list a chunk store's entries, check them, or remove those used longest ago",
      " ls|verify|prune DIR [--store-size BYTES]", CLI_STORE | CLI_TALK, 2, false, cli_store},
+    {"bench", "time methods side by side, with their errors", " prefill --model DIR [options]",
+     CLI_MODEL | CLI_REQUESTS | CLI_METHOD | CLI_BENCH | CLI_OUTPUT | CLI_RANKS | CLI_TALK, 1, true,
+     cli_bench},
     {"version", "print versions of ifkv and of what it was built with", "", CLI_TALK, 0, false,
      cli_version},
 };

@@ -15,10 +15,11 @@ typedef struct cli_options {
     const char *method, *ratio, *exchange, *score, *score_rows, *score_layers, *geometry, *hp,
         *placement;
     const char *backend, *comm, *store, *store_size;
-    int64_t chunk, max_new, epic_k, ranks, threads;
+    const char *lengths, *methods, *links;
+    int64_t chunk, max_new, epic_k, ranks, threads, repeat, warm_up;
     uint64_t seed, random_weights;
     bool has_random_weights, has_chunk;
-    bool save_kv, save_logits, save_scores, resume, overwrite, json, quiet, verbose, help;
+    bool save_kv, save_logits, save_scores, resume, overwrite, json, quiet, verbose, project, help;
     const char **argument; /* [n_argument] what is not an option */
     int n_argument;
 } cli_options;
@@ -41,7 +42,8 @@ enum {
     CLI_OUTPUT = 8,
     CLI_RANKS = 16,
     CLI_TALK = 32,
-    CLI_STORE = 64
+    CLI_STORE = 64,
+    CLI_BENCH = 128
 };
 
 extern const cli_command cli_commands[];
@@ -65,6 +67,7 @@ ifkv_status cli_check(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_verify(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_inspect(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_store(ifkv_comm *comm, const cli_options *options);
+ifkv_status cli_bench(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_version(ifkv_comm *comm, const cli_options *options);
 
 /* Shared by commands. */
