@@ -9,6 +9,7 @@
 #include "comm.h"
 #include "error_codes.h"
 #include "exchange.h"
+#include "exchange_kv_route.h"
 
 static const int sizes[] = {1, 2, 3, 5, 8};
 enum { N_SIZE = sizeof sizes / sizeof *sizes, N_LAYER = 2, MAX_KEY = 160 };
@@ -393,8 +394,8 @@ static void assert_counts_each_key_once(const deal_scene *it) {
         }
 }
 
-/* A random scene: 1 to max_key keys, dealt to ranks at random, or all to one; about a third of them
- * are rows of the pass, at home at random, or where they are stored. */
+/* A random scene: 1 to max_key keys, dealt to ranks at random, all to one, or all but a few to one;
+ * about a third of them are rows of the pass, at home at random, or where they are stored. */
 static deal_scene random_scene(const char *exchange, value_pattern pattern, int size,
                                int64_t max_key) {
     static const struct {
@@ -407,13 +408,13 @@ static deal_scene random_scene(const char *exchange, value_pattern pattern, int 
     it.d_head = heads[shape].d_head;
     it.seed = mix(seed++);
     it.n_key = 1 + below(max_key);
-    const bool is_home_owner = ifkv_exchange_find(exchange)->is_home_owner,
-               is_lopsided = below(4) == 0;
+    const bool is_home_owner = ifkv_exchange_find(exchange)->is_home_owner;
+    const int64_t way = below(4);
     const int one = (int)below(size), first = (int)below(size);
     it.n_prefix = below(it.n_key < 6 ? it.n_key : 6);
     for (int64_t key = 0; key < it.n_key; key++) {
         it.index[key] = key;
-        it.owner[key] = is_lopsided ? one : (int)below(size);
+        it.owner[key] = way == 0 || (way == 1 && below(12)) ? one : (int)below(size);
         if (key < it.n_prefix || key == 0) it.owner[key] = first; /* a prefix lies in one chunk */
         /* the prefix is lent before the pass stores anything, as nobody recomputes it */
         if (below(3) || (is_home_owner && key < it.n_prefix)) continue;
@@ -587,7 +588,8 @@ static void i25_query_receives_the_bytes_it_says(void **state) {
     }
 }
 
-/* What is shared while nothing is stored, and what the owners of rows receive of other rows. */
+/* What is shared while nothing is stored, and what the owners of rows receive of other rows; what
+ * `kv` moves of a pass is the claim of tests below. */
 static void i25_delta_kv_and_local_receive_the_bytes_they_say(void **state) {
     (void)state;
     for (int e = 1; e < N_EXCHANGE; e++)
@@ -604,11 +606,260 @@ static void i25_delta_kv_and_local_receive_the_bytes_they_say(void **state) {
                 const ifkv_exchange_bytes want = {
                     .share = is_any ? (is_delta ? it.n_key - n_kept : lent) * kv : 0,
                     .store = is_delta ? (it.n_row - n_home) * kv : 0,
-                    .attend = strcmp(it.exchange, "kv") ? 0 : (it.n_row - n_home) * kv};
+                    .attend = strcmp(it.exchange, "kv") ? 0 : it.plan[r].attend};
                 assert_received(&it, r, want);
             }
             free(it.out);
         }
+}
+
+/* Rows that pulling and asking would move for rank h to see rank o, row by row. */
+typedef struct pair_rows {
+    int64_t pull, ask;
+} pair_rows;
+
+static pair_rows rows_of_pair(int64_t n_row, const int *owner, int h, int o) {
+    pair_rows n = {0, 0};
+    for (int64_t i = 0; i < n_row; i++) {
+        bool is_seen = false, sees = false;
+        for (int64_t j = 0; j < n_row; j++) {
+            is_seen |= owner[i] == o && owner[j] == h && j > i;
+            sees |= owner[i] == h && owner[j] == o && j < i;
+        }
+        n.pull += is_seen;
+        n.ask += sees;
+    }
+    return n;
+}
+
+/* Bytes of a K/V row, a query and an answer. */
+typedef struct row_bytes {
+    int64_t pull, query, answer;
+} row_bytes;
+
+static row_bytes bytes_of_rows(const deal_scene *it) {
+    const int64_t q = 4 * (int64_t)it->n_head * it->d_head;
+    return (row_bytes){
+        .pull = 8 * (int64_t)it->n_kv_head * it->d_head, .query = q, .answer = q + 4 * it->n_head};
+}
+
+enum { MAX_PAIR = 12 };
+
+/* Is there a way for every pair, pull or ask, that makes the ranks receive just this? */
+static bool some_ways_receive(const deal_scene *it, const int64_t *received) {
+    const row_bytes bytes = bytes_of_rows(it);
+    int h_of[MAX_PAIR], o_of[MAX_PAIR], n = 0;
+    pair_rows rows[MAX_PAIR];
+    for (int h = 0; h < it->size; h++)
+        for (int o = 0; o < it->size; o++) {
+            if (h == o) continue;
+            h_of[n] = h;
+            o_of[n] = o;
+            rows[n++] = rows_of_pair(it->n_row, it->row_owner, h, o);
+        }
+    for (unsigned ways = 0; ways < 1u << n; ways++) {
+        int64_t sum[8] = {0};
+        for (int i = 0; i < n; i++) {
+            const bool asks = ways >> i & 1;
+            sum[h_of[i]] += asks ? rows[i].ask * bytes.answer : rows[i].pull * bytes.pull;
+            sum[o_of[i]] += asks ? rows[i].ask * bytes.query : 0;
+        }
+        if (!memcmp(sum, received, (size_t)it->size * sizeof *sum)) return true;
+    }
+    return false;
+}
+
+/* Counted bytes: every pair pulls or asks, and no rank receives more than the fullest one would if
+ * all pulled. */
+static void i25_kv_pairs_pull_or_ask(void **state) {
+    (void)state;
+    int n_asking = 0;
+    for (int size = 1; size <= 4; size++)
+        for (int round = 0; round < 30; round++) {
+            deal_scene it = random_scene("kv", REALS, size, MAX_KEY);
+            const row_bytes bytes = bytes_of_rows(&it);
+            run(&it);
+            int64_t received[8] = {0}, most = 0;
+            for (int h = 0; h < size; h++) {
+                int64_t all_pull = 0;
+                for (int o = 0; o < size; o++)
+                    if (o != h)
+                        all_pull += rows_of_pair(it.n_row, it.row_owner, h, o).pull * bytes.pull;
+                most = all_pull > most ? all_pull : most;
+                received[h] = it.got[h][0].attend;
+                n_asking += received[h] != all_pull;
+            }
+            assert_true(some_ways_receive(&it, received));
+            for (int r = 0; r < size; r++) assert_true(received[r] <= most);
+            free(it.out);
+        }
+    assert_true(n_asking > 0); /* a quarter of the scenes leave some ranks few rows */
+}
+
+/* The plan alone, up to 8 ranks and any bytes: what pairs move is right, it adds up, no rank
+ * exceeds the fullest one if all pulled, and the fullest rank has no pair left that would better
+ * ask. */
+static void kv_routes_leave_the_fullest_rank_no_better_way(void **state) {
+    (void)state;
+    for (int round = 0; round < 100; round++) {
+        const int size = 1 + (int)below(8);
+        int owner[MAX_KEY];
+        int64_t index[MAX_KEY], most = 0, load[8] = {0};
+        const int64_t n_row = below(MAX_KEY), skew = below(16);
+        for (int64_t i = 0; i < n_row; i++) {
+            owner[i] = (int)below(below(1 + skew) ? 1 + size / 3 : size);
+            index[i] = 3 * i + 2;
+        }
+        ifkv_kv_route route = {0};
+        assert_ok(ifkv_kv_route_init(&route, size));
+        route.pull_bytes = 1 + below(1000);
+        route.query_bytes = 1 + below(2000);
+        route.answer_bytes = route.query_bytes + below(100);
+        const ifkv_exchange_rows rows = {n_row, index, owner, owner};
+        ifkv_kv_route_plan(&route, &rows);
+        bool is_asking = false;
+        for (int h = 0; h < size; h++) {
+            int64_t all_pull = 0;
+            for (int o = 0; o < size; o++) {
+                const pair_rows want =
+                    h == o ? (pair_rows){0, 0} : rows_of_pair(n_row, owner, h, o);
+                const int64_t pull = route.pull[h * size + o], ask = route.ask[h * size + o];
+                assert_true((pull == want.pull && ask == 0) || (pull == 0 && ask == want.ask));
+                load[h] += pull * route.pull_bytes + ask * route.answer_bytes;
+                load[o] += ask * route.query_bytes;
+                all_pull += want.pull * route.pull_bytes;
+                is_asking |= ask > 0;
+            }
+            most = all_pull > most ? all_pull : most;
+        }
+        assert_true(route.is_asking == is_asking);
+        int fullest = 0;
+        for (int r = 0; r < size; r++) {
+            assert_true(route.load[r] == load[r] && load[r] <= most);
+            if (load[r] > load[fullest]) fullest = r;
+        }
+        for (int o = 0; o < size; o++) {
+            const int64_t pull = route.pull[fullest * size + o];
+            if (pull == 0) continue;
+            const int64_t ask = rows_of_pair(n_row, owner, fullest, o).ask;
+            assert_true(load[o] + ask * route.query_bytes >= load[fullest] ||
+                        ask * route.answer_bytes >= pull * route.pull_bytes);
+        }
+        ifkv_kv_route_fini(&route);
+    }
+}
+
+/* Every key is a row of the pass, owned as given.  Five query heads share a K/V head: a question
+ * moves 2.5 times the bytes of a K/V row each way. */
+static deal_scene owned_scene(value_pattern pattern, int size, int64_t n_row, const int *owner) {
+    deal_scene it = {.exchange = "kv",
+                     .pattern = pattern,
+                     .size = size,
+                     .is_storing = true,
+                     .n_head = 5,
+                     .n_kv_head = 1,
+                     .d_head = 128,
+                     .seed = mix(seed++),
+                     .n_key = n_row,
+                     .n_row = n_row};
+    for (int64_t i = 0; i < n_row; i++) {
+        it.index[i] = it.row_index[i] = it.row_key[i] = i;
+        it.owner[i] = it.home[i] = it.row_owner[i] = owner[i];
+        it.is_fresh[i] = it.is_row[i] = true;
+    }
+    return it;
+}
+
+static const int kv_sizes[] = {2, 3, 4, 7};
+enum { N_KV_SIZE = 4, KV = 8 * 128, QUERY = 4 * 5 * 128, ANSWER = QUERY + 4 * 5 };
+
+static void assert_attend_bytes(const deal_scene *it, int rank, int64_t attend) {
+    assert_received(it, rank, (ifkv_exchange_bytes){.attend = attend});
+}
+
+/* 63 rows on rank 0, in the end n_late on the last rank, none between: the few ask. */
+static void kv_rank_of_few_late_rows_asks(void **state) {
+    (void)state;
+    static const value_pattern patterns[] = {CODES, REALS, ONE_HOT, SEVENS};
+    for (int s = 0; s < N_KV_SIZE; s++)
+        for (int64_t n_late = 1; n_late <= 3; n_late++)
+            for (int p = 0; p < 4; p++) {
+                int owner[MAX_KEY] = {0};
+                const int last = kv_sizes[s] - 1;
+                for (int64_t i = 0; i < n_late; i++) owner[63 + i] = last;
+                deal_scene it = owned_scene(patterns[p], kv_sizes[s], 63 + n_late, owner);
+                run(&it);
+                if (patterns[p] == CODES)
+                    assert_equals_targets(&it);
+                else if (patterns[p] == ONE_HOT)
+                    assert_counts_each_key_once(&it);
+                else
+                    assert_equals_reference(&it);
+                for (int r = 0; r <= last; r++)
+                    assert_attend_bytes(&it, r,
+                                        r == 0      ? n_late * QUERY
+                                        : r == last ? n_late * ANSWER
+                                                    : 0);
+                free(it.out);
+            }
+}
+
+/* One row before 63 of another rank looks at none of them; they pull it. */
+static void kv_rank_of_an_early_row_receives_nothing(void **state) {
+    (void)state;
+    for (int s = 0; s < N_KV_SIZE; s++) {
+        int owner[MAX_KEY] = {0};
+        const int last = kv_sizes[s] - 1;
+        owner[0] = last;
+        deal_scene it = owned_scene(CODES, kv_sizes[s], 64, owner);
+        run(&it);
+        assert_equals_targets(&it);
+        for (int r = 0; r <= last; r++) assert_attend_bytes(&it, r, r == 0 ? KV : 0);
+        free(it.out);
+    }
+}
+
+/* As many rows on every rank: nobody asks, and a rank pulls the rows below its last one only. */
+static void kv_pulls_rows_below_the_last_one_only(void **state) {
+    (void)state;
+    enum { N = 11 };
+    for (int s = 0; s < N_KV_SIZE; s++)
+        for (int is_comb = 0; is_comb < 2; is_comb++) {
+            int owner[MAX_KEY];
+            const int size = kv_sizes[s];
+            for (int i = 0; i < N * size; i++) owner[i] = is_comb ? i % size : i / N;
+            deal_scene it = owned_scene(CODES, size, N * size, owner);
+            run(&it);
+            assert_equals_targets(&it);
+            for (int r = 0; r < size; r++) {
+                const int64_t n_below = N * r, n_above = is_comb ? (N - 1) * (size - 1 - r) : 0;
+                assert_attend_bytes(&it, r, (n_below + n_above) * KV);
+            }
+            free(it.out);
+        }
+}
+
+/* Every key that is not a row of the pass stays out of the answers of another rank. */
+static void kv_answers_cover_rows_of_the_pass_only(void **state) {
+    (void)state;
+    for (int s = 0; s < N_KV_SIZE; s++) {
+        int owner[MAX_KEY] = {0};
+        owner[40] = kv_sizes[s] - 1;
+        deal_scene it = owned_scene(ONE_HOT, kv_sizes[s], 41, owner);
+        it.n_row = 0;
+        for (int64_t key = 0; key < it.n_key; key++) {
+            it.is_fresh[key] = it.is_row[key] = key % 2 == 0;
+            if (!it.is_row[key]) continue;
+            it.row_key[it.n_row] = it.row_index[it.n_row] = key;
+            it.home[it.n_row] = it.row_owner[it.n_row] = owner[key];
+            it.n_row++;
+        }
+        run(&it);
+        assert_counts_each_key_once(&it);
+        assert_attend_bytes(&it, 0, QUERY);
+        assert_attend_bytes(&it, kv_sizes[s] - 1, ANSWER);
+        free(it.out);
+    }
 }
 
 /* Every row of K and V that is not at home, once. */
@@ -883,6 +1134,12 @@ int main(void) {
         cmocka_unit_test(i13_row_that_sees_nothing_is_zero),
         cmocka_unit_test(i25_query_receives_the_bytes_it_says),
         cmocka_unit_test(i25_delta_kv_and_local_receive_the_bytes_they_say),
+        cmocka_unit_test(i25_kv_pairs_pull_or_ask),
+        cmocka_unit_test(kv_routes_leave_the_fullest_rank_no_better_way),
+        cmocka_unit_test(kv_rank_of_few_late_rows_asks),
+        cmocka_unit_test(kv_rank_of_an_early_row_receives_nothing),
+        cmocka_unit_test(kv_pulls_rows_below_the_last_one_only),
+        cmocka_unit_test(kv_answers_cover_rows_of_the_pass_only),
         cmocka_unit_test(i25_whole_contexts_receive_the_bytes_they_say),
         cmocka_unit_test(passes_may_shrink_to_nothing),
         cmocka_unit_test(i24_merged_lse_of_zero_queries_is_the_log_of_the_count),
