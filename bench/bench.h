@@ -7,7 +7,13 @@
 
 #include "cli.h"
 
-enum { BENCH_MAX_REPEAT = 64, BENCH_MAX_METHOD = 32, BENCH_MAX_LINK = 8, BENCH_NAME_BYTES = 48 };
+enum {
+    BENCH_MAX_REPEAT = 64,
+    BENCH_MAX_LENGTH = 64,
+    BENCH_MAX_METHOD = 32,
+    BENCH_MAX_LINK = 8,
+    BENCH_NAME_BYTES = 48
+};
 
 /* One way to prefill, given as method[/exchange][/warm]. */
 typedef struct bench_method {

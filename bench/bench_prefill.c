@@ -26,7 +26,8 @@ typedef struct bench_run {
     ifkv_engine *engine;
     ifkv_model_info info;
     bench_method method[BENCH_MAX_METHOD];
-    int n_method, n_repeat, n_link;
+    int64_t length[BENCH_MAX_LENGTH];
+    int n_length, n_method, n_repeat, n_link;
     bench_link link[BENCH_MAX_LINK];
     ifkv_timeline *timeline; /* owned by rank 0, shared by its threads; NULL: measured */
     bench_report *report;    /* rank 0 */
@@ -49,6 +50,8 @@ static ifkv_status parse_method(const char *text, size_t n, bench_method *method
     memcpy(method->method, method->label, head);
     for (char *part = method->label + head; *part == '/';) {
         const size_t length = strcspn(++part, "/");
+        IFKV_REQUIRE(length && !method->is_warm, IFKV_ERR_USAGE, IFKV_E_VALUE,
+                     "--methods: got \"%s\", expected method[/exchange][/warm]", method->label);
         if (length == 4 && !strncmp(part, "warm", 4))
             method->is_warm = true;
         else
@@ -77,14 +80,28 @@ static bool is_full(const bench_method *method) {
     return !strcmp(method->method, "full");
 }
 
+static ifkv_status parse_lengths(bench_run *run) {
+    const char *text = run->options->lengths ? run->options->lengths : "2048,4096,8192";
+    for (;; text++) {
+        char *end = NULL, shown[IFKV_QUOTE_BYTES];
+        const long long n = *text >= '0' && *text <= '9' ? strtoll(text, &end, 10) : 0;
+        IFKV_REQUIRE(n > PROMPT_TOKENS + 1 && n <= INT32_MAX && (*end == 0 || *end == ',') &&
+                         run->n_length < BENCH_MAX_LENGTH,
+                     IFKV_ERR_USAGE, IFKV_E_VALUE,
+                     "--lengths: got \"%s\", expected at most %d numbers of tokens above %d, "
+                     "with commas between them",
+                     ifkv_quote(text, strlen(text), shown), BENCH_MAX_LENGTH, PROMPT_TOKENS + 1);
+        run->length[run->n_length++] = n;
+        if (!*end) return IFKV_OK;
+        text = end;
+    }
+}
+
 /* Seeded ids of a length, in chunks behind a prefix of one id, the last of them the prompt. */
 static ifkv_status make_request(const bench_run *run, int64_t n_token, ifkv_request *request) {
     const int64_t chunk = run->options->chunk ? run->options->chunk : DEFAULT_CHUNK;
     const int64_t n_context = n_token - PROMPT_TOKENS, n_own = n_context - 1;
     const int64_t n_chunk = (n_own + chunk - 1) / chunk;
-    IFKV_REQUIRE(n_own > 0, IFKV_ERR_USAGE, IFKV_E_VALUE,
-                 "--lengths: got %lld tokens, expected more than %d", (long long)n_token,
-                 PROMPT_TOKENS + 1);
     int32_t *token = malloc((size_t)(n_token + 1) * sizeof *token);
     int64_t *offset = malloc((size_t)(n_chunk + 1) * sizeof *offset);
     if (!token || !offset) {
@@ -261,22 +278,14 @@ static ifkv_status run_case(bench_run *run, const ifkv_request *request) {
 /* ---- all lengths ---- */
 
 static ifkv_status run_lengths(bench_run *run) {
-    const char *text = run->options->lengths ? run->options->lengths : "2048,4096,8192";
-    for (;;) {
-        char *end = NULL, shown[IFKV_QUOTE_BYTES];
-        const long long n = *text >= '0' && *text <= '9' ? strtoll(text, &end, 10) : 0;
-        IFKV_REQUIRE(n > 0 && n <= INT32_MAX && (*end == 0 || *end == ','), IFKV_ERR_USAGE,
-                     IFKV_E_VALUE, "--lengths: got \"%s\", expected numbers of tokens, ...",
-                     ifkv_quote(text, strlen(text), shown));
-        ifkv_request request;
-        ifkv_status status = make_request(run, n, &request);
-        IFKV_TRY(ifkv_comm_agree(run->comm, status, NULL));
-        status = run_case(run, &request);
+    ifkv_status status = IFKV_OK;
+    for (int i = 0; i < run->n_length && status == IFKV_OK; i++) {
+        ifkv_request request = {0};
+        status = ifkv_comm_agree(run->comm, make_request(run, run->length[i], &request), NULL);
+        if (status == IFKV_OK) status = run_case(run, &request);
         free_request(&request);
-        IFKV_TRY(status);
-        if (!*end) return IFKV_OK;
-        text = end + 1;
     }
+    return status;
 }
 
 static ifkv_status run_requests(bench_run *run) {
@@ -298,6 +307,7 @@ static ifkv_status check_options(bench_run *run) {
                  IFKV_E_VALUE, "--repeat: got %lld, expected 1 to %d", (long long)options->repeat,
                  BENCH_MAX_REPEAT);
     run->n_repeat = (int)options->repeat;
+    IFKV_TRY(parse_lengths(run));
     IFKV_TRY(parse_methods(run));
     for (int i = 0; i < run->n_method; i++) has_full = has_full || is_full(&run->method[i]);
     IFKV_REQUIRE(has_full, IFKV_ERR_USAGE, IFKV_E_VALUE,

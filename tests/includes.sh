@@ -22,7 +22,7 @@ foreign 'cublas[A-Za-z_]*\.h' 'cuda/cuda_backend\.c|cuda/cuda_matmul\.c|cuda/cud
 foreign 'hdf5\.h' 'src/h5_file\.h|tests/file_fixture\.c' # h5_file.h is private to h5.c and h5_read.c
 foreign 'cblas\.h' 'src/cpu_matmul\.[ch]'
 foreign 'omp\.h' 'src/cpu_[a-z_]*\.[ch]'
-foreign 'jansson\.h' 'src/(json\.[ch]|config[a-z_]*\.[ch]|safetensors[a-z_]*\.[ch]|model_check\.[ch]|request[a-z0-9_]*\.[ch]|manifest\.[ch]|output[a-z_]*\.[ch]|cli[a-z_]*\.[ch])|bench/quality[a-z_]*\.[ch]|tests/[a-z0-9_]*\.c'
+foreign 'jansson\.h' 'src/(json\.[ch]|config[a-z_]*\.[ch]|safetensors[a-z_]*\.[ch]|model_check\.[ch]|request[a-z0-9_]*\.[ch]|manifest\.[ch]|output[a-z_]*\.[ch]|cli[a-z_]*\.[ch])|bench/(quality|bench)[a-z_]*\.[ch]|tests/[a-z0-9_]*\.c'
 foreign 'pthread\.h' 'comm/comm_thread\.c|comm/comm_nccl\.c'
 foreign 'threads\.h' 'src/store\.c|comm/timeline\.c|tests/test_reuse\.c'
 foreign 'cmocka\.h' 'tests/test\.h'
