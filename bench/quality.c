@@ -20,6 +20,10 @@ static const char usage[] =
     "  --chunk N          re-cut the context every N tokens (default 0: as given)\n"
     "  --max-answer N     tokens of greedy answers (default 16)\n"
     "  --scores DIR       also write the scores of single layers there, raw float32\n"
+    "  --snapshots DIR    keep full prefill and encode of every request there (0.6 GB each here), "
+    "and\n"
+    "                     read them where they are: of one model, one file of requests and one\n"
+    "                     --max-answer\n"
     "Results are appended; pairs that --out holds already are skipped.\n";
 
 typedef struct arguments {
@@ -50,11 +54,17 @@ static bool parse_one(arguments *it, const char *flag, const char *value) {
         const char *flag, **text_p;
         int64_t *count_p;
     } known[] = {
-        {"--model", &it->model, NULL},         {"--requests", &it->run.requests, NULL},
-        {"--configs", &it->run.configs, NULL}, {"--out", &it->run.out, NULL},
-        {"--gold", &it->run.gold, NULL},       {"--scores", &it->run.scores, NULL},
-        {"--threads", NULL, &it->n_thread},    {"--limit", NULL, &it->run.limit},
-        {"--chunk", NULL, &it->run.chunk},     {"--max-answer", NULL, &it->run.max_answer},
+        {"--model", &it->model, NULL},
+        {"--requests", &it->run.requests, NULL},
+        {"--configs", &it->run.configs, NULL},
+        {"--out", &it->run.out, NULL},
+        {"--gold", &it->run.gold, NULL},
+        {"--scores", &it->run.scores, NULL},
+        {"--threads", NULL, &it->n_thread},
+        {"--limit", NULL, &it->run.limit},
+        {"--snapshots", &it->run.snapshots, NULL},
+        {"--chunk", NULL, &it->run.chunk},
+        {"--max-answer", NULL, &it->run.max_answer},
     };
     if (!strcmp(flag, "--part")) return parse_part(value, &it->run.parity);
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) {

@@ -138,8 +138,7 @@ static ifkv_status combine_layers(quality_case *it, const quality_config *config
     ifkv_select_input *input = calloc(1, sizeof *input);
     IFKV_REQUIRE(input, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "quality combine: out of host memory");
     const float *score = NULL;
-    ifkv_status status =
-        ifkv_score_layers_parse(config->layers ? config->layers : "published", it->n_layer, input);
+    ifkv_status status = ifkv_score_layers_parse(config->layers, it->n_layer, input);
     if (status == IFKV_OK)
         status =
             quality_layer_scores(it, config->source && !strcmp(config->source, "full"), &score);

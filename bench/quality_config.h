@@ -19,6 +19,8 @@ typedef struct quality_config {
     const char *method, *ratio, *score, *layers;
     const char *rows; /* "question" (default) or "prompt" */
     uint64_t seed;
+    const char *geometry; /* "global" (default), "hl-tp", "hl-hp", "tl-tp" */
+    bool has_refit;
     bool has_answer;   /* also decode greedily */
     const char *write; /* what S gets: "recompute" (default), or "full": its K/V of full prefill, an
                           oracle that shows what stale keys do to recomputed rows */

@@ -50,7 +50,7 @@ static json_t *line_of(const quality_case *it, const char *id, int64_t position,
     json_t *answer = result->answer ? ids(result->answer, result->n_answer) : json_null();
     return json_pack(
         "{s:s, s:I, s:s, s:O, s:I, s:I, s:I, s:s, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
-        "s:o, s:{s:f, s:f, s:f, s:f, s:f, s:f}}",
+        "s:o, s:[f, f], s:[f, f], s:{s:f, s:f, s:f, s:f, s:f, s:f}}",
         "id", id, "position", (json_int_t)position, "name", config->name, "config", config->json,
         "chunk", (json_int_t)it->chunk, "n_context", (json_int_t)it->n_context, "n_selected",
         (json_int_t)result->n_selected, "digest", digest, "n_greedy", (json_int_t)it->greedy.n,
@@ -58,9 +58,10 @@ static json_t *line_of(const quality_case *it, const char *id, int64_t position,
         number(result->kl_greedy), "nll_greedy", number(result->nll_greedy), "kl_gold",
         number(result->kl_gold), "nll_gold", number(result->nll_gold), "k_error",
         numbers(result->k_error, it->n_layer), "v_error", numbers(result->v_error, it->n_layer),
-        "answer", answer, "ms", "full", it->full_ms, "encode", it->encode_ms, "score",
-        result->score_ms, "recompute", result->recompute_ms, "prompt", result->prompt_ms, "decode",
-        result->decode_ms);
+        "answer", answer, "stale_error", result->stale_error[0], result->stale_error[1],
+        "fresh_error", result->fresh_error[0], result->fresh_error[1], "ms", "full", it->full_ms,
+        "encode", it->encode_ms, "score", result->score_ms, "recompute", result->recompute_ms,
+        "prompt", result->prompt_ms, "decode", result->decode_ms);
 }
 
 static ifkv_status write_line(quality_run *run, json_t *line) {
@@ -123,9 +124,14 @@ static ifkv_status run_request(quality_run *run, int64_t position) {
     IFKV_REQUIRE(token, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "quality: out of host memory");
     for (int64_t i = 0; i < n_gold; i++)
         token[i] = (int32_t)json_integer_value(json_array_get(gold, (size_t)i));
+    char path[4096] = "";
+    if (options->snapshots)
+        snprintf(path, sizeof path, "%s/%s-%lld.snapshot", options->snapshots, item->id,
+                 (long long)options->chunk);
     quality_case it;
-    ifkv_status status = quality_open(run->engine, &item->request, options->chunk,
-                                      options->max_answer, token, n_gold, &it);
+    ifkv_status status =
+        quality_open(run->engine, &item->request, options->chunk, options->max_answer, token,
+                     n_gold, options->snapshots ? path : NULL, &it);
     free(token);
     if (status != IFKV_OK) return status;
     status = run_configs(run, &it, item->id, position);

@@ -9,9 +9,10 @@
 
 typedef struct quality_options {
     const char *requests, *gold, *configs, *out; /* paths; gold may be NULL */
-    const char *scores; /* directory for raw float32 [n_layer, n_context] files, or NULL */
-    int parity;         /* 0: even positions in the request file, 1: odd ones, -1: all */
-    int64_t limit;      /* requests at most, after parity; 0: all */
+    const char *scores;    /* directory for raw float32 [n_layer, n_context] files, or NULL */
+    const char *snapshots; /* directory for quality_open's snapshots, or NULL */
+    int parity;            /* 0: even positions in the request file, 1: odd ones, -1: all */
+    int64_t limit;         /* requests at most, after parity; 0: all */
     int64_t chunk, max_answer;
 } quality_options;
 

@@ -61,9 +61,11 @@ ifkv_status quality_session(quality_case *it, const ifkv_prefill_options *option
         request.question = it->request->prompt;
         request.n_question = it->request->n_prompt;
     }
+    ifkv_prefill_options apart = *options;
+    apart.ride = "none"; /* stages run one by one, over rows that are there already */
     ifkv_session *session = NULL;
     size_t bytes = 0;
-    ifkv_status status = ifkv_session_create(it->engine, &request, options, &session, &bytes);
+    ifkv_status status = ifkv_session_create(it->engine, &request, &apart, &session, &bytes);
     if (status != IFKV_OK) return status;
     IFKV_TRY_GOTO(status, ifkv_engine_reserve(it->engine, bytes), err_destroy);
     ifkv_arena arena = {.base = it->engine->arena};
@@ -189,7 +191,7 @@ static ifkv_status plan_answers(quality_case *it, const int32_t *gold, int64_t n
 
 ifkv_status quality_open(ifkv_engine *engine, const ifkv_request *request, int64_t chunk,
                          int64_t max_answer, const int32_t *gold, int64_t n_gold,
-                         quality_case *made) {
+                         const char *snapshot, quality_case *made) {
     const ifkv_config *config = &engine->model.config;
     IFKV_REQUIRE(engine->comm->size == 1, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "quality: got %d ranks, expected 1", engine->comm->size);
@@ -205,8 +207,11 @@ ifkv_status quality_open(ifkv_engine *engine, const ifkv_request *request, int64
         .n_layer = config->n_layer,
     };
     ifkv_status status = plan_answers(made, gold, n_gold);
-    if (status == IFKV_OK) status = run_full(made);
-    if (status == IFKV_OK) status = run_encode(made);
+    bool is_loaded = false;
+    if (status == IFKV_OK && snapshot) status = quality_snapshot_load(snapshot, made, &is_loaded);
+    if (status == IFKV_OK && !is_loaded) status = run_full(made);
+    if (status == IFKV_OK && !is_loaded) status = run_encode(made);
+    if (status == IFKV_OK && !is_loaded && snapshot) status = quality_snapshot_save(snapshot, made);
     if (status != IFKV_OK) quality_close(made);
     return status;
 }
@@ -235,6 +240,32 @@ static double relative_error(const float *got, const float *want, int64_t n) {
     return difference == 0 ? 0 : sqrt(difference / norm);
 }
 
+/* Relative L2 error of the selected rows alone. */
+static double selected_error(const quality_case *it, const ifkv_session *session, const float *got,
+                             const float *want) {
+    double difference = 0, norm = 0;
+    for (int64_t i = 0; i < session->n_selected; i++)
+        for (int64_t at = session->selected[i] * it->n_col;
+             at < (session->selected[i] + 1) * it->n_col; at++) {
+            const double d = (double)got[at] - (double)want[at];
+            difference += d * d;
+            norm += (double)want[at] * (double)want[at];
+        }
+    return norm > 0 ? sqrt(difference / norm) : 0;
+}
+
+/* Add one layer to the means over layers. */
+static void measure_selected(const quality_case *it, const ifkv_session *session, const float *own,
+                             int layer, quality_result *result) {
+    for (int i = 0; i < 2; i++) {
+        const float *want = quality_rows(it, it->full, i, layer),
+                    *stale = quality_rows(it, it->encoded, i, layer);
+        const float *got = own + i * it->n_context * it->n_col;
+        result->stale_error[i] += selected_error(it, session, stale, want) / it->n_layer;
+        result->fresh_error[i] += selected_error(it, session, got, want) / it->n_layer;
+    }
+}
+
 static ifkv_status measure_rows(const quality_case *it, ifkv_session *session,
                                 quality_result *result) {
     const int64_t n = it->n_context * it->n_col;
@@ -249,6 +280,7 @@ static ifkv_status measure_rows(const quality_case *it, ifkv_session *session,
         result->k_error[layer] = relative_error(own, quality_rows(it, it->full, false, layer), n);
         result->v_error[layer] =
             relative_error(own + n, quality_rows(it, it->full, true, layer), n);
+        measure_selected(it, session, own, layer, result);
     }
     free(own);
     return status;
@@ -342,6 +374,8 @@ ifkv_status quality_measure(quality_case *it, const quality_config *config,
         .chunk = it->chunk,
         .max_new = it->max_answer,
         .seed = config->seed,
+        .geometry = config->geometry,
+        .refit = config->has_refit,
         .selected = selected,
         .n_selected = n_selected,
     };

@@ -40,15 +40,23 @@ typedef struct quality_result {
     double kl_first, kl_greedy, nll_greedy; /* nats; mean over the answer's tokens */
     double kl_gold, nll_gold;               /* NaN without a gold answer */
     double *k_error, *v_error;              /* [n_layer] relative L2 over all context rows; owned */
+    double stale_error[2], fresh_error[2];  /* K, V: mean over layers of the selected rows' error as
+                                               encoded, and at the end */
     int32_t *answer;                        /* [n_answer] owned; NULL unless asked for */
     double score_ms, recompute_ms, prompt_ms, decode_ms;
 } quality_result;
 
-/* Run full prefill and encode once.  chunk: as in ifkv_prefill_options.  The caller closes. */
+/* Run full prefill and encode once, or read both from the file `snapshot`, which is written where
+ * it is not there; NULL: no file.  chunk: as in ifkv_prefill_options.  The caller closes. */
 ifkv_status quality_open(ifkv_engine *engine, const ifkv_request *request, int64_t chunk,
                          int64_t max_answer, const int32_t *gold, int64_t n_gold,
-                         quality_case *made);
+                         const char *snapshot, quality_case *made);
 void quality_close(quality_case *it);
+/* What quality_open runs, to a file and back; a file that is not there loads nothing.  A file
+ * belongs to one model, request, chunking, gold answer and max_answer: the caller keeps them apart.
+ */
+ifkv_status quality_snapshot_save(const char *path, quality_case *it);
+ifkv_status quality_snapshot_load(const char *path, quality_case *it, bool *is_loaded_p);
 /* Measure one configuration.  Release with quality_result_fini. */
 ifkv_status quality_measure(quality_case *it, const quality_config *config, quality_result *result);
 void quality_result_fini(quality_result *result);

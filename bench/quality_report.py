@@ -18,6 +18,8 @@ import numpy as np
 
 import quality_stats as stats
 
+DEFAULT = {"method": "infoflow", "ratio": "0.15", "score": "l2", "layers": "wide", "rows": "question",
+           "geometry": "global", "refit": False, "write": "recompute"}
 MEASURED = ("kl_first", "kl_greedy", "nll_greedy", "kl_gold", "nll_gold")
 
 
@@ -52,12 +54,24 @@ class Run:
         values = [self.by_pair[name, question][key] for question in self.ids]
         return np.array([np.nan if value is None else value for value in values], dtype=float)
 
+    def find_unfitted(self, name):
+        """The configuration that a refit one would be without it; None for others."""
+        config = self.config[name]
+        if not config.get("refit"):
+            return None
+        return self.find(**{key: config[key] for key in DEFAULT if key in config and key != "refit"})
+
+    def selected_v_error(self, name):
+        """Means over questions of the selected rows' V error as encoded and at the end, or None in older lines."""
+        lines = [self.by_pair[name, question] for question in self.ids]
+        if not all("fresh_error" in line for line in lines) or lines[0]["n_selected"] == 0:
+            return None
+        return tuple(np.mean([line[key][1] for line in lines]) for key in ("stale_error", "fresh_error"))
+
     def find(self, **wanted):
-        """The first configuration whose fields are these; a field that is missing has its default."""
-        default = {"score": "l2", "rows": "question", "layers": "published", "ratio": "0.15", "method": "infoflow"}
+        """The first configuration with these fields and, in all others that matter, the defaults."""
         for name, config in self.config.items():
-            full = {**default, **config}
-            if all(full[key] == value for key, value in wanted.items()):
+            if all(config.get(key, DEFAULT[key]) == value for key, value in {**DEFAULT, **wanted}.items()):
                 return name
         return None
 
@@ -90,8 +104,10 @@ def measure(run, decode, golds):
             row[f"share_{answer}_interval"] = stats.bootstrap(np.mean, row[f"share_{answer}"])
         row["random"] = run.find(method="random", ratio=ratio)
         row["published"] = run.find(method="infoflow", layers="published", ratio=ratio)
+        row["unfitted"] = run.find_unfitted(name)
         row["v_error"] = np.array([run.by_pair[name, question]["v_error"] for question in run.ids])
         row["k_error"] = np.array([run.by_pair[name, question]["k_error"] for question in run.ids])
+        row["selected_v_error"] = run.selected_v_error(name)
         rows.append(row)
     return rows
 
@@ -117,10 +133,10 @@ def markdown(rows, n_question):
     by_name = {row["name"]: row for row in rows}
     lines = [
         "| configuration | rows | KL greedy | KL gold | NLL gold | F1 | EM | share % (greedy) | of means % | share % (gold) | of means % "
-        "| random % | minus published, points (greedy) | (gold) | K / V error |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
+        "| random % | minus published, points (greedy) | (gold) | minus without refit, points (greedy) | (gold) | K / V error | V error of S |",
+        "|---" * 18 + "|"]
     for row in rows:
-        random, published = by_name.get(row["random"]), by_name.get(row["published"])
+        random, published, unfitted = (by_name.get(row[key]) for key in ("random", "published", "unfitted"))
         lines.append("| " + " | ".join([
             row["name"], f"{row['n_selected']:.0f}", mean_or_dash(row["kl_greedy"], 4), mean_or_dash(row["kl_gold"], 4),
             mean_or_dash(row["nll_gold"], 3), mean_or_dash(row["f1"], 3), mean_or_dash(row["exact"], 2),
@@ -128,7 +144,9 @@ def markdown(rows, n_question):
             percent(row["share_gold"].mean(), row["share_gold_interval"]), percent(row["total_gold"], row["total_gold_interval"]),
             percent(random["share_greedy"].mean()) if random else "–",
             against(row, published), against(row, published, "gold"),
-            f"{row['k_error'].mean():.3f} / {row['v_error'].mean():.3f}"]) + " |")
+            against(row, unfitted), against(row, unfitted, "gold"),
+            f"{row['k_error'].mean():.3f} / {row['v_error'].mean():.3f}",
+            "{:.2f} → {:.2f}".format(*row["selected_v_error"]) if row["selected_v_error"] else "–"]) + " |")
     lines.append(f"\n{n_question} questions; intervals: 95 % bootstrap over questions, {stats.N_RESAMPLE} resamples, paired for differences.")
     return "\n".join(lines) + "\n"
 

@@ -67,9 +67,11 @@ def measure(args, directory, exact, label, ranks, *flags):
     error = float(np.linalg.norm(logits - reference) / np.linalg.norm(reference))
     ms = result["ms"]
     row = {"method": label, "ranks": ranks, "tokens": result["n_context"] + result["n_prompt"], "selected": result["n_selected"],
-           "exchange": result["exchange"], "ttft_ms": ms["ttft"], "ms": ms, "bytes": result["bytes"]["total"], "error": error}
-    print(f"  {row['tokens']:>6} {label:<14} {ranks:>5} {result['exchange']:>9} {ms['encode']:>9.0f} {ms['score']:>7.0f} "
-          f"{ms['recompute']:>9.0f} {ms['prompt']:>7.0f} {ms['ttft']:>9.0f} {row['bytes'] / 1e6:>9.1f} {error:>9.1e}", flush=True)
+           "exchange": result["exchange"], "ttft_ms": ms["ttft"], "ms": ms, "rode": result["rode"],
+           "bytes": result["bytes"]["total"], "error": error}
+    score, prompt = ["rode" if stage in result["rode"] else f"{ms[stage]:.0f}" for stage in ("score", "prompt")]
+    print(f"  {row['tokens']:>6} {label:<14} {ranks:>5} {result['exchange']:>9} {ms['encode']:>9.0f} {score:>7} "
+          f"{ms['recompute']:>9.0f} {prompt:>7} {ms['ttft']:>9.0f} {row['bytes'] / 1e6:>9.1f} {error:>9.1e}", flush=True)
     if args.json:
         with open(args.json, "a") as f:
             f.write(json.dumps(row) + "\n")

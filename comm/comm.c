@@ -44,6 +44,12 @@ static ifkv_status nccl_open(ifkv_comm **comm_p) {
     return IFKV_OK;
 }
 
+static ifkv_status auto_open(ifkv_comm **comm_p) {
+    IFKV_TRY(MPI_OPEN(comm_p));
+    (*comm_p)->is_auto = true;
+    return IFKV_OK;
+}
+
 static ifkv_status thread_open(ifkv_comm **comm_p) {
     (void)comm_p;
     return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_COMM,
@@ -54,10 +60,8 @@ static const struct {
     const char *name;
     ifkv_status (*open)(ifkv_comm **comm_p);
 } communicators[] = {
-    {"self", ifkv_comm_self_open},
-    {"thread", thread_open},
-    {"mpi", MPI_OPEN},
-    {"nccl", nccl_open},
+    {"self", ifkv_comm_self_open}, {"thread", thread_open}, {"mpi", MPI_OPEN},
+    {"auto", auto_open},           {"nccl", nccl_open},
 };
 
 ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p) {
@@ -66,7 +70,7 @@ ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p) {
         if (!strcmp(name, communicators[i].name)) return communicators[i].open(comm_p);
     char quoted[IFKV_QUOTE_BYTES];
     return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_COMM,
-                     "communicator: got \"%s\", expected self, mpi or nccl",
+                     "communicator: got \"%s\", expected self, mpi, nccl or auto",
                      ifkv_quote(name, strlen(name), quoted));
 }
 
@@ -91,7 +95,9 @@ static ifkv_comm *control_of(const ifkv_comm *comm) {
     return comm->control ? comm->control : (ifkv_comm *)comm;
 }
 
-ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p) {
+ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, bool has_own_memory,
+                             ifkv_comm **data_p) {
+    if (comm->is_auto) comm->is_nccl = IFKV_HAVE_NCCL && backend->stream && has_own_memory;
     IFKV_REQUIRE(backend->stream || !comm->is_nccl, IFKV_ERR_USAGE, IFKV_E_CONFLICT,
                  "communicator nccl: got back end %s, expected one that computes on GPUs",
                  backend->ops->name);
@@ -159,6 +165,10 @@ int ifkv_comm_node_rank(const ifkv_comm *comm) {
 
 void ifkv_comm_abort(ifkv_comm *comm, ifkv_status status) {
     control_of(comm)->ops->abort(control_of(comm), status);
+}
+
+int64_t ifkv_comm_received(const ifkv_comm *comm) {
+    return control_of(comm)->bytes_received;
 }
 
 ifkv_status ifkv_comm_barrier(ifkv_comm *comm) {

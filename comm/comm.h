@@ -80,6 +80,7 @@ struct ifkv_comm {
     bool is_shifting;
     ifkv_shift shift;        /* the one under way */
     ifkv_comm *control;      /* borrowed: see above; NULL: buffers are host memory */
+    bool is_auto;            /* attach decides is_nccl */
     bool is_nccl;            /* back-end memory moves by NCCL, host memory by ops */
     double timeout_s;        /* see ifkv_comm_set_timeout; 0: the default */
     ifkv_backend *backend;   /* borrowed: attached to this rank, whichever memory it computes in */
@@ -87,8 +88,10 @@ struct ifkv_comm {
 };
 
 /* Open the communicator for the memory of a back end, which is borrowed until detach; comm itself
- * where that is host memory.  Collective. */
-ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, ifkv_comm **data_p);
+ * where that is host memory.  has_own_memory: no two ranks compute in one memory, without which
+ * NCCL does not work; the same on every rank.  Collective. */
+ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, bool has_own_memory,
+                             ifkv_comm **data_p);
 /* Close it, before the back end and comm.  NULL is accepted.  Collective, but returns without the
  * peers after a while. */
 void ifkv_comm_detach(ifkv_comm *data);
@@ -115,6 +118,8 @@ ifkv_status ifkv_comm_same(ifkv_comm *comm, uint64_t value, const char *what);
 void ifkv_comm_abort(ifkv_comm *comm, ifkv_status status);
 /* Tell a timeline which phase begins.  Local. */
 void ifkv_comm_phase(ifkv_comm *comm, int phase);
+/* bytes_received, of calls on back-end memory too.  Local. */
+int64_t ifkv_comm_received(const ifkv_comm *comm);
 int ifkv_comm_node_size(const ifkv_comm *comm);
 int ifkv_comm_node_rank(const ifkv_comm *comm);
 

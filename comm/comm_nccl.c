@@ -11,7 +11,7 @@
  * communicator. Calls come from the thread that opened it. */
 #include "nccl_check.h"
 
-#include <errno.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <time.h>
@@ -19,7 +19,7 @@
 enum {
     INIT_S = 120, /* at most, for all ranks to come to the initialisation */
     ABORT_S = 10, /* for an abort */
-    CLOSE_S = 5,  /* for movements under way when the communicator is closed */
+    CLOSE_S = 5,  /* at most, for movements under way when the communicator is closed */
 };
 
 typedef struct nccl_comm {
@@ -44,28 +44,33 @@ static void pause_after(double waited_s) {
     nanosleep(&t, NULL);
 }
 
-static double limit_of(const ifkv_comm *control) {
-    return control->timeout_s > 0 ? control->timeout_s : IFKV_COMM_TIMEOUT_S;
+/* Seconds of patience, at most `most`. */
+static double limit_of(const ifkv_comm *control, double most) {
+    const double limit_s = control->timeout_s > 0 ? control->timeout_s : IFKV_COMM_TIMEOUT_S;
+    return limit_s < most ? limit_s : most;
 }
 
+/* NULL where it has worked. */
 static void *abort_main(void *nccl) {
-    ncclCommAbort(nccl);
-    return NULL;
+    return ncclCommAbort(nccl) == ncclSuccess ? NULL : nccl;
 }
 
-/* Abort, and lose the device if that hangs. */
+/* Abort, and lose the device if that fails or hangs. */
 static void give_up(nccl_comm *self) {
     pthread_t thread;
     struct timespec end;
+    void *failed = NULL;
     self->is_broken = true;
     if (!self->nccl) return;
     clock_gettime(CLOCK_REALTIME, &end);
     end.tv_sec += ABORT_S;
     if (pthread_create(&thread, NULL, abort_main, self->nccl)) {
         self->backend->is_lost = true;
-    } else if (pthread_timedjoin_np(thread, NULL, &end)) {
+    } else if (pthread_timedjoin_np(thread, &failed, &end)) {
         self->backend->is_lost = true;
         pthread_detach(thread);
+    } else if (failed) {
+        self->backend->is_lost = true;
     }
     self->nccl = NULL;
 }
@@ -105,7 +110,7 @@ static ifkv_status settle(const nccl_comm *self, double limit_s, const char *wha
 /* See backend.h.  An error of the device itself is left to the back end, which finds it next. */
 static ifkv_status wait_for_movements(void *arg) {
     nccl_comm *self = arg;
-    const double limit_s = limit_of(self->base.control), begin = now_s();
+    const double limit_s = limit_of(self->base.control, INFINITY), begin = now_s();
     IFKV_TRY(usable(self));
     for (;;) {
         const cudaError_t error = cudaEventQuery(self->done);
@@ -135,7 +140,7 @@ static ifkv_status end_movement(nccl_comm *self, ifkv_status status) {
     const ifkv_status ended = IFKV_NCCL(ncclGroupEnd());
     if (status == IFKV_OK) status = ended;
     IFKV_TRY(status);
-    IFKV_TRY(settle(self, limit_of(self->base.control), "ncclGroupEnd"));
+    IFKV_TRY(settle(self, limit_of(self->base.control, INFINITY), "ncclGroupEnd"));
     return IFKV_NCCL_CUDA(cudaEventRecord(self->done, self->stream));
 }
 
@@ -283,15 +288,15 @@ static void nccl_free(ifkv_comm *comm, void *data) {
 
 /* Without a word about what fails: whoever closes may be reporting an error already. */
 static void leave_nccl(nccl_comm *self) {
-    const double begin = now_s();
-    while (cudaEventQuery(self->done) == cudaErrorNotReady && now_s() - begin < CLOSE_S)
+    const double begin = now_s(), limit_s = limit_of(self->base.control, CLOSE_S);
+    while (cudaEventQuery(self->done) == cudaErrorNotReady && now_s() - begin < limit_s)
         pause_after(now_s() - begin);
-    if (cudaEventQuery(self->done) != cudaSuccess || ask(self, CLOSE_S) != ncclSuccess) {
+    if (cudaEventQuery(self->done) != cudaSuccess || ask(self, limit_s) != ncclSuccess) {
         give_up(self);
         return;
     }
     const ncclResult_t result = ncclCommFinalize(self->nccl);
-    if ((result != ncclSuccess && result != ncclInProgress) || ask(self, CLOSE_S) != ncclSuccess) {
+    if ((result != ncclSuccess && result != ncclInProgress) || ask(self, limit_s) != ncclSuccess) {
         give_up(self);
         return;
     }
@@ -350,7 +355,7 @@ static ifkv_status create(nccl_comm *self) {
 }
 
 static ifkv_status initialise(nccl_comm *self, ifkv_comm *control) {
-    const double limit_s = limit_of(control) < INIT_S ? limit_of(control) : INIT_S;
+    const double limit_s = limit_of(control, INIT_S);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     ncclUniqueId id = {{0}};
     config.blocking = 0;

@@ -28,8 +28,9 @@ static inline ifkv_status ifkv_nccl_status(ncclResult_t result, const char *call
     if (result == ncclRemoteError || result == ncclSystemError) status = IFKV_ERR_PEER;
     /* invalid usage: two ranks on one device, which NCCL refuses */
     if (result == ncclUnhandledCudaError || result == ncclInvalidUsage) status = IFKV_ERR_RESOURCE;
-    return ifkv_fail(status, IFKV_E_COMM, file, line, "communicator nccl: %s: %s", call,
-                     ncclGetErrorString(result));
+    const char *words = ncclGetLastError(NULL); /* of any communicator: more than the code says */
+    return ifkv_fail(status, IFKV_E_COMM, file, line, "communicator nccl: %s: %s%s%s", call,
+                     ncclGetErrorString(result), words && *words ? ": " : "", words ? words : "");
 }
 
 static inline ifkv_status ifkv_nccl_cuda_status(cudaError_t error, const char *call,

@@ -58,8 +58,7 @@ static ifkv_status cuda_alloc(ifkv_backend *backend, size_t bytes, void **data_p
 }
 
 static void cuda_free(ifkv_backend *backend, void *data) {
-    (void)backend;
-    cudaFree(data);
+    if (!backend->is_lost) cudaFree(data); /* would wait for the stream */
 }
 
 /* The next piece of staging memory, once what it last held has left it. */
@@ -67,6 +66,9 @@ static ifkv_status next_stage(cuda_backend *cuda, int *stage_p) {
     const int stage = cuda->next_stage;
     cuda->next_stage = (stage + 1) % N_STAGE;
     *stage_p = stage;
+    if (cudaEventQuery(cuda->taken[stage]) != cudaErrorNotReady)
+        return IFKV_CUDA(cudaEventSynchronize(cuda->taken[stage]));
+    IFKV_TRY(ifkv_backend_before_wait(&cuda->base));
     return IFKV_CUDA(cudaEventSynchronize(cuda->taken[stage]));
 }
 
@@ -113,6 +115,7 @@ static ifkv_status cuda_sync(ifkv_backend *backend) {
     cuda_backend *cuda = (cuda_backend *)backend;
     IFKV_TRY(IFKV_CUDA(cudaMemcpyAsync(seen_fault(cuda), cuda->context.fault, sizeof(int32_t),
                                        cudaMemcpyDeviceToHost, cuda->context.stream)));
+    IFKV_TRY(ifkv_backend_before_wait(backend));
     IFKV_TRY(IFKV_CUDA(cudaStreamSynchronize(cuda->context.stream)));
     return report_fault(cuda);
 }
@@ -120,6 +123,7 @@ static ifkv_status cuda_sync(ifkv_backend *backend) {
 static ifkv_status cuda_download(ifkv_backend *backend, void *to_host, const void *from,
                                  size_t bytes) {
     cuda_backend *cuda = (cuda_backend *)backend;
+    IFKV_TRY(ifkv_backend_before_wait(backend)); /* a copy into pageable memory waits for itself */
     if (bytes)
         IFKV_TRY(IFKV_CUDA(
             cudaMemcpyAsync(to_host, from, bytes, cudaMemcpyDeviceToHost, cuda->context.stream)));
@@ -138,8 +142,9 @@ static ifkv_status cuda_prepare(ifkv_backend *backend, int n_head, int n_kv_head
     IFKV_REQUIRE(n_head >= 1 && n_kv_head >= 1 && n_head % n_kv_head == 0, IFKV_ERR_INTERNAL,
                  IFKV_E_SHAPE, "prepare: head count %d is not a multiple of kv heads %d", n_head,
                  n_kv_head);
-    IFKV_REQUIRE(d_head == 64 || d_head == 128, IFKV_ERR_UNSUPPORTED, IFKV_E_BACKEND,
-                 "back end cuda: got head width %d, expected 64 or 128", d_head);
+    IFKV_REQUIRE(d_head >= 16 && d_head <= 128 && d_head % 16 == 0, IFKV_ERR_UNSUPPORTED,
+                 IFKV_E_SHAPE,
+                 "back end cuda: got head width %d, expected a multiple of 16 up to 128", d_head);
     size_t bytes = ifkv_cuda_attention_bytes(&cuda->context, n_head, n_kv_head, d_head);
     if (bytes < LEAST_WORKSPACE) bytes = LEAST_WORKSPACE;
     if (bytes > cuda->context.workspace_bytes) {
@@ -171,7 +176,7 @@ static const ifkv_cuda_context *context_of(const ifkv_backend *backend) {
 static ifkv_status cuda_matmul(ifkv_backend *backend, const ifkv_view *x, const ifkv_view *w,
                                bool add_to_out, const ifkv_view *out) {
     const cuda_backend *cuda = (const cuda_backend *)backend;
-    return ifkv_cuda_matmul_run(cuda->matmul, cuda->context.stream, x, w, add_to_out, out);
+    return ifkv_cuda_matmul_run(cuda->matmul, backend, x, w, add_to_out, out);
 }
 
 static ifkv_status cuda_rms_norm(ifkv_backend *backend, const ifkv_view *x, const ifkv_view *weight,
@@ -225,8 +230,11 @@ static ifkv_status cuda_top_k(ifkv_backend *backend, const float *value, int64_t
     return ifkv_cuda_top_k(context_of(backend), value, n, k, scratch, index);
 }
 
-static void cuda_close(ifkv_backend *backend) {
-    cuda_backend *cuda = (cuda_backend *)backend;
+static ifkv_status cuda_draw(ifkv_backend *backend, const ifkv_draw *draw, int64_t n, void *to) {
+    return ifkv_cuda_draw(context_of(backend), draw, n, to);
+}
+
+static void release_device(cuda_backend *cuda) {
     if (cuda->context.stream) cudaStreamSynchronize(cuda->context.stream);
     ifkv_cuda_matmul_destroy(cuda->matmul);
     for (int i = 0; i < cuda->n_event; i++) cudaEventDestroy(cuda->taken[i]);
@@ -234,13 +242,21 @@ static void cuda_close(ifkv_backend *backend) {
     cudaFree(cuda->context.workspace);
     cudaFree(cuda->context.fault);
     if (cuda->context.stream) cudaStreamDestroy(cuda->context.stream);
-    free(cuda);
+}
+
+static void cuda_close(ifkv_backend *backend) {
+    /* a lost stream would be waited for without end: what hangs on it goes with the process */
+    if (!backend->is_lost) release_device((cuda_backend *)backend);
+    free(backend);
 }
 
 static const ifkv_backend_ops cuda_ops = {
     .name = "cuda",
     .dtype = IFKV_DTYPE_BF16,
     .part_dtype = IFKV_DTYPE_F64,
+    .row_block = IFKV_CUDA_ROW_BLOCK, /* tiles of 128 x 256 then fill 132 multiprocessors evenly */
+    .is_row_exact = true,
+    .joins_riders = true,
     .close = cuda_close,
     .prepare = cuda_prepare,
     .alloc = cuda_alloc,
@@ -261,6 +277,7 @@ static const ifkv_backend_ops cuda_ops = {
     .score = cuda_score,
     .row_distance = cuda_row_distance,
     .top_k = cuda_top_k,
+    .draw = cuda_draw,
 };
 
 /* The number of devices, or what is missing. */
@@ -346,6 +363,7 @@ static ifkv_status open_device(cuda_backend *cuda, int node_rank) {
     IFKV_TRY(describe_device(cuda));
     IFKV_TRY(IFKV_CUDA(cudaSetDevice(cuda->device)));
     IFKV_TRY(IFKV_CUDA(cudaStreamCreateWithFlags(&cuda->context.stream, cudaStreamNonBlocking)));
+    cuda->base.stream = cuda->context.stream;
     IFKV_TRY(create_staging(cuda));
     return ifkv_cuda_matmul_create(&cuda->matmul);
 }

@@ -2,9 +2,11 @@
  *
  * The library counts in columns: out [n_row, n_out] row-major is its D [n_out, n_row], so D = A^T B
  * with A the weights and B the rows, neither copied nor transposed.  Rows are counted in buckets
- * (powers of two): an algorithm is asked for at the end of a bucket and used for all of it.
- * Candidates whose result differs in a bit from that of the library's first choice are not taken,
- * so that the timing decides about time only. */
+ * (powers of two): an algorithm is asked for at the end of a bucket and used for all of it.  What
+ * it must compute to the bit is what the library's first choice for a full block of rows computes,
+ * or, for few rows, its first choice for the bucket; among candidates that do, the clock decides.
+ * Products of many rows are never split along their sum, whose parts would depend on their number.
+ */
 #include "cuda_matmul.h"
 
 #include "cuda_check.h"
@@ -27,7 +29,7 @@ enum {
 /* What an algorithm is chosen by. */
 typedef struct plan_key {
     int64_t bucket, n_out, n_in, x_stride, w_stride, out_stride;
-    int32_t x_alignment, w_alignment, out_alignment, out_dtype, is_sum, zero;
+    int32_t x_alignment, w_alignment, out_alignment, out_dtype, is_sum, is_reference;
 } plan_key;
 
 typedef struct plan {
@@ -137,12 +139,14 @@ static cublasStatus_t multiply(const ifkv_cuda_matmul *matmul, const product *p,
 
 /* What the library offers for a bucket, its own favourite first. */
 static ifkv_status list_candidates(const ifkv_cuda_matmul *matmul, const plan_key *key,
-                                   const product *p, cublasLtMatmulHeuristicResult_t *candidate,
-                                   int *n_p) {
+                                   const product *p, int max,
+                                   cublasLtMatmulHeuristicResult_t *candidate, int *n_p) {
     cublasLtMatmulPreferenceOpaque_t preference;
     const uint64_t workspace = WORKSPACE_BYTES;
     /* partial sums of a split product stay float32 */
-    const uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    const uint32_t reduction = key->bucket > IFKV_CUDA_FEW_ROWS
+                                   ? CUBLASLT_REDUCTION_SCHEME_NONE
+                                   : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     const uint32_t w = (uint32_t)key->w_alignment, x = (uint32_t)key->x_alignment,
                    out = (uint32_t)key->out_alignment;
     const struct {
@@ -164,7 +168,7 @@ static ifkv_status list_candidates(const ifkv_cuda_matmul *matmul, const plan_ke
     IFKV_TRY(IFKV_CUBLAS(cublasLtMatmulAlgoGetHeuristic(
         matmul->handle, (cublasLtMatmulDesc_t)&p->desc, (cublasLtMatrixLayout_t)&p->a,
         (cublasLtMatrixLayout_t)&p->b, (cublasLtMatrixLayout_t)&p->d, (cublasLtMatrixLayout_t)&p->d,
-        &preference, N_CANDIDATE, candidate, n_p)));
+        &preference, max, candidate, n_p)));
     IFKV_REQUIRE(*n_p > 0, IFKV_ERR_UNSUPPORTED, IFKV_E_BACKEND,
                  "back end cuda: cuBLASLt has no product of [%lld, %lld] by [%lld, %lld]",
                  (long long)key->bucket, (long long)key->n_in, (long long)key->n_out,
@@ -180,21 +184,19 @@ typedef struct trial {
     cudaEvent_t begin, end;
 } trial;
 
-/* Milliseconds of a candidate; FLT_MAX if it cannot run or makes other bits than the first. */
-static ifkv_status time_candidate(const ifkv_cuda_matmul *matmul, const product *p,
-                                  const cublasLtMatmulHeuristicResult_t *candidate, bool is_first,
-                                  const trial *t, cudaStream_t stream, float *ms_p) {
+/* Milliseconds of an algorithm; FLT_MAX if it cannot run or makes other bits than the first. */
+static ifkv_status time_algo(const ifkv_cuda_matmul *matmul, const product *p,
+                             const cublasLtMatmulAlgo_t *algo, bool is_first, const trial *t,
+                             cudaStream_t stream, float *ms_p) {
     *ms_p = FLT_MAX;
-    if (candidate->state != CUBLAS_STATUS_SUCCESS ||
-        multiply(matmul, p, &candidate->algo, t->to, stream) != CUBLAS_STATUS_SUCCESS)
-        return IFKV_OK;
+    if (multiply(matmul, p, algo, t->to, stream) != CUBLAS_STATUS_SUCCESS) return IFKV_OK;
     IFKV_TRY(IFKV_CUDA(cudaMemcpyAsync(is_first ? t->want : t->made, t->to, t->bytes,
                                        cudaMemcpyDeviceToHost, stream)));
     IFKV_TRY(IFKV_CUDA(cudaStreamSynchronize(stream)));
     if (!is_first && memcmp(t->made, t->want, t->bytes)) return IFKV_OK;
     IFKV_TRY(IFKV_CUDA(cudaEventRecord(t->begin, stream)));
     for (int i = 0; i < N_TIMED; i++)
-        IFKV_TRY(IFKV_CUBLAS(multiply(matmul, p, &candidate->algo, t->to, stream)));
+        IFKV_TRY(IFKV_CUBLAS(multiply(matmul, p, algo, t->to, stream)));
     IFKV_TRY(IFKV_CUDA(cudaEventRecord(t->end, stream)));
     IFKV_TRY(IFKV_CUDA(cudaEventSynchronize(t->end)));
     return IFKV_CUDA(cudaEventElapsedTime(ms_p, t->begin, t->end));
@@ -206,7 +208,7 @@ static ifkv_status pick_fastest(const ifkv_cuda_matmul *matmul, const product *p
     float best = FLT_MAX;
     for (int i = 0; i < n; i++) {
         float ms;
-        IFKV_TRY(time_candidate(matmul, p, &candidate[i], i == 0, t, stream, &ms));
+        IFKV_TRY(time_algo(matmul, p, &candidate[i].algo, i == 0, t, stream, &ms));
         if (i == 0 && ms == FLT_MAX) break; /* nothing to compare with */
         if (ms >= best) continue;
         best = ms;
@@ -215,8 +217,9 @@ static ifkv_status pick_fastest(const ifkv_cuda_matmul *matmul, const product *p
     return IFKV_OK;
 }
 
-/* The fastest of n > 1 candidates, on the operands at hand.  A product that adds to out must not do
- * so again and again: it is tried into scratch memory, taken for this once. */
+/* The fastest of n candidates that make the bits of the first, on the operands at hand.  A product
+ * that adds to out must not do so again and again: it is tried into scratch memory, taken for this
+ * once. */
 static ifkv_status time_candidates(const ifkv_cuda_matmul *matmul, const product *p,
                                    const cublasLtMatmulHeuristicResult_t *candidate, int n,
                                    const ifkv_view *out, cudaStream_t stream, int *best_p) {
@@ -252,11 +255,43 @@ err_free:
     return status;
 }
 
-/* The plan of a shape, made where there is none yet; of more than N_PLAN shapes the last is made
- * anew each time. */
-static ifkv_status find_plan(ifkv_cuda_matmul *matmul, const product *p, const ifkv_view *x,
-                             const ifkv_view *w, const ifkv_view *out, cudaStream_t stream,
-                             const plan **plan_p) {
+static plan *look_up(ifkv_cuda_matmul *matmul, const plan_key *key) {
+    for (int i = 0; i < matmul->n_plan; i++)
+        if (!memcmp(&matmul->plan[i].key, key, sizeof *key)) return &matmul->plan[i];
+    return NULL;
+}
+
+/* Of more than N_PLAN shapes the last is made anew each time. */
+static plan *keep(ifkv_cuda_matmul *matmul, const plan_key *key, const cublasLtMatmulAlgo_t *algo) {
+    if (matmul->n_plan == N_PLAN) matmul->n_plan--;
+    plan *made = &matmul->plan[matmul->n_plan++];
+    *made = (plan){.key = *key, .algo = *algo};
+    return made;
+}
+
+/* The algorithm whose bits count: the library's first choice for a block of rows, or for few. */
+static ifkv_status find_reference(ifkv_cuda_matmul *matmul, plan_key key, const ifkv_view *x,
+                                  const ifkv_view *w, const ifkv_view *out,
+                                  cublasLtMatmulAlgo_t *algo_p) {
+    cublasLtMatmulHeuristicResult_t first;
+    product block;
+    int n = 0;
+    if (key.bucket > IFKV_CUDA_FEW_ROWS) key.bucket = IFKV_CUDA_ROW_BLOCK;
+    key.is_reference = 1;
+    const plan *known = look_up(matmul, &key);
+    if (!known) {
+        IFKV_TRY(describe(&block, x, w, key.is_sum, out, key.bucket));
+        IFKV_TRY(list_candidates(matmul, &key, &block, 1, &first, &n));
+        known = keep(matmul, &key, &first.algo);
+    }
+    *algo_p = known->algo;
+    return IFKV_OK;
+}
+
+/* The plan of a shape, made where there is none yet. */
+static ifkv_status find_plan(ifkv_cuda_matmul *matmul, const ifkv_backend *backend,
+                             const product *p, const ifkv_view *x, const ifkv_view *w,
+                             const ifkv_view *out, const plan **plan_p) {
     const plan_key key = {.bucket = bucket_of(out->n_row),
                           .n_out = out->n_col,
                           .n_in = x->n_col,
@@ -268,27 +303,29 @@ static ifkv_status find_plan(ifkv_cuda_matmul *matmul, const product *p, const i
                           .out_alignment = alignment_of(out),
                           .out_dtype = (int32_t)out->dtype,
                           .is_sum = p->beta != 0};
-    cublasLtMatmulHeuristicResult_t candidate[N_CANDIDATE];
-    product whole; /* the bucket's */
+    cublasLtMatmulHeuristicResult_t candidate[1 + N_CANDIDATE]; /* the reference, then others */
+    product bucket;
     int n = 0, best = 0;
-    for (int i = 0; i < matmul->n_plan; i++)
-        if (!memcmp(&matmul->plan[i].key, &key, sizeof key)) {
-            *plan_p = &matmul->plan[i];
-            return IFKV_OK;
-        }
-    IFKV_TRY(describe(&whole, x, w, p->beta != 0, out, key.bucket));
-    IFKV_TRY(list_candidates(matmul, &key, &whole, candidate, &n));
-    if (n > 1) IFKV_TRY(time_candidates(matmul, p, candidate, n, out, stream, &best));
-    if (matmul->n_plan == N_PLAN) matmul->n_plan--;
-    plan *made = &matmul->plan[matmul->n_plan++];
-    *made = (plan){.key = key, .algo = candidate[best].algo};
-    *plan_p = made;
+    *plan_p = look_up(matmul, &key);
+    if (*plan_p) return IFKV_OK;
+    IFKV_TRY(find_reference(matmul, key, x, w, out, &candidate[0].algo));
+    IFKV_TRY(describe(&bucket, x, w, key.is_sum, out, key.bucket));
+    IFKV_TRY(list_candidates(matmul, &key, &bucket, N_CANDIDATE, candidate + 1, &n));
+    const bool is_choice =
+        n > 1 || memcmp(&candidate[0].algo, &candidate[1].algo, sizeof candidate[0].algo);
+    if (is_choice) {
+        IFKV_TRY(ifkv_backend_before_wait(backend)); /* timing waits for the stream */
+        IFKV_TRY(time_candidates(matmul, p, candidate, 1 + n, out, backend->stream, &best));
+    }
+    *plan_p = keep(matmul, &key, &candidate[best].algo);
     return IFKV_OK;
 }
 
-ifkv_status ifkv_cuda_matmul_run(ifkv_cuda_matmul *matmul, cudaStream_t stream, const ifkv_view *x,
-                                 const ifkv_view *w, bool add_to_out, const ifkv_view *out) {
+ifkv_status ifkv_cuda_matmul_run(ifkv_cuda_matmul *matmul, const ifkv_backend *backend,
+                                 const ifkv_view *x, const ifkv_view *w, bool add_to_out,
+                                 const ifkv_view *out) {
     const int64_t n_row = out->n_row, n_out = out->n_col, n_in = x->n_col;
+    const cudaStream_t stream = backend->stream;
     const plan *chosen = NULL;
     product p;
     IFKV_TRY(ifkv_view_check("matmul", "x", x, IFKV_DTYPE_BF16, n_row, n_in));
@@ -300,7 +337,7 @@ ifkv_status ifkv_cuda_matmul_run(ifkv_cuda_matmul *matmul, cudaStream_t stream, 
                  "matmul: got width %lld, expected 1 or more", (long long)n_in);
     if (n_row == 0 || n_out == 0) return IFKV_OK;
     IFKV_TRY(describe(&p, x, w, add_to_out, out, n_row));
-    IFKV_TRY(find_plan(matmul, &p, x, w, out, stream, &chosen));
+    IFKV_TRY(find_plan(matmul, backend, &p, x, w, out, &chosen));
     const cublasStatus_t status = multiply(matmul, &p, &chosen->algo, out->data, stream);
     /* an algorithm of the bucket's end need not fit all of it: the library then looks for another
      */

@@ -55,12 +55,16 @@ ifkv_status ifkv_cuda_row_distance(const ifkv_cuda_context *context, const ifkv_
 ifkv_status ifkv_cuda_top_k(const ifkv_cuda_context *context, const float *value, int64_t n,
                             int64_t k, int64_t *scratch, int64_t *index);
 
-/* Attention over spans; out bfloat16 or float32 (partial results), lse float32.  d_head 64 or 128;
- * q, k, v: pointers and strides multiples of 16 bytes (out and lse anywhere).  begin and end lie in
- * device memory: nothing about them is known on the host.  Workspace: see attention_bytes. */
+ifkv_status ifkv_cuda_draw(const ifkv_cuda_context *context, const ifkv_draw *draw, int64_t n,
+                           void *to);
+
+/* Attention over spans; out bfloat16 or float32 (partial results), lse float32.  d_head a multiple
+ * of 16 up to 128, at most 64 query heads a K/V head; q, k, v: pointers and strides multiples of 16
+ * bytes (out and lse anywhere).  begin and end lie in device memory: nothing about them is known on
+ * the host.  V must be finite where any row looks; what no row of a tile sees may be anything. */
 ifkv_status ifkv_cuda_attention(const ifkv_cuda_context *context, const ifkv_attention_args *args);
-/* Workspace bytes attention needs with these heads, whatever the number of rows; a longer call is
- * cut into several launches.  Local, called once by prepare. */
+/* Workspace bytes attention needs with these heads, whatever the number of rows and keys.  Local,
+ * called once by prepare. */
 size_t ifkv_cuda_attention_bytes(const ifkv_cuda_context *context, int n_head, int n_kv_head,
                                  int d_head);
 

@@ -7,7 +7,8 @@
  *
  * Asynchronous: fence before the first one and whenever accumulators or a's registers were touched;
  * commit makes a group; after wait<n> all but the n latest groups are done, and only then may
- * accumulators, a's registers and the operands in shared memory be touched. */
+ * accumulators, a's registers and the operands in shared memory be touched, or their arrays go out
+ * of scope. */
 #ifndef IFKV_CUDA_PTX_WGMMA_CUH
 #define IFKV_CUDA_PTX_WGMMA_CUH
 

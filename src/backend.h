@@ -73,10 +73,44 @@ typedef struct ifkv_score_args {
     float *score; /* [n_key] float32, added to */
 } ifkv_score_args;
 
+/* Move rows of x that were not recomputed by what those that were show: per head, an affine map
+ * from a stale row to its change is fitted on n_fit rows (ridge regression) and what it says is
+ * added to every other row at or above `first`, in place. */
+typedef struct ifkv_refit_args {
+    int n_head, d_head;
+    double ridge;           /* added to every variance, in mean variances; above 0 */
+    ifkv_view stale, fresh; /* [n_fit, n_head * d_head] */
+    const int64_t *row;     /* [n_fit] where they lie in x, ascending */
+    int64_t first;
+    ifkv_view cos_sin; /* [n_row, d_head] float32: rows are rotated by these angles and are mapped
+                          as they were before; data NULL: they are not */
+    ifkv_view x;       /* [n_row, n_head * d_head] */
+    double *scratch;   /* [n_head, ifkv_refit_scratch(d_head)] back-end memory */
+} ifkv_refit_args;
+
+static inline int64_t ifkv_refit_scratch(int d_head) {
+    return 2 * (int64_t)d_head * d_head + 2 * (int64_t)d_head;
+}
+/* A stream of numbers, element i a function of key and i alone: z = mix(key + (i + 1) *
+ * 0x9e3779b97f4a7c15) with the finaliser of splitmix64; the sum of the four 16-bit fields of z less
+ * 2 * 65535, exact in float32, times scale, plus centre, each rounded by itself. */
+typedef struct ifkv_draw {
+    uint64_t key;
+    float scale, centre;
+} ifkv_draw;
+
 typedef struct ifkv_backend_ops {
     const char *name;      /* "cpu" */
     ifkv_dtype dtype;      /* of activations, weights and K/V */
     ifkv_dtype part_dtype; /* of partial outputs that cross ranks while scoring */
+    /* Rows that ride in the pass of others (algorithm 1.4, 1.8) join their matrix products, which
+     * then read the weights once; the bits of both may depend on that.  False: products of their
+     * own, so that riding changes no bit, over weights that are still in a cache. */
+    bool joins_riders;
+    int64_t row_block; /* rows of a linear operation at most that are worth their scratch */
+    /* A row's bits depend on nothing but the row, from 17 rows a call on: groups of rows that must
+     * not depend on each other may share a call. */
+    bool is_row_exact;
 
     void (*close)(ifkv_backend *backend);
     /* Size per-thread scratch for a model's heads, once, before the first attention.  Allocates. */
@@ -124,6 +158,11 @@ typedef struct ifkv_backend_ops {
      */
     ifkv_status (*top_k)(ifkv_backend *backend, const float *value, int64_t n, int64_t k,
                          int64_t *scratch, int64_t *index);
+    /* (optional) NULL: refit is refused where it is asked for. */
+    ifkv_status (*refit)(ifkv_backend *backend, const ifkv_refit_args *args);
+    /* (optional) The first n numbers of a stream, rounded to the back end's dtype, to `to`; NULL:
+     * they are drawn on the host and uploaded. */
+    ifkv_status (*draw)(ifkv_backend *backend, const ifkv_draw *draw, int64_t n, void *to);
 } ifkv_backend_ops;
 
 struct ifkv_backend {
@@ -149,6 +188,11 @@ struct ifkv_backend {
 ifkv_status ifkv_backend_open(const char *name, int n_thread, int node_rank,
                               ifkv_backend **backend_p);
 void ifkv_backend_close(ifkv_backend *backend);
+
+/* For back ends, in front of every wait for the stream.  Errors: those of the communicator. */
+static inline ifkv_status ifkv_backend_before_wait(const ifkv_backend *backend) {
+    return backend->before_wait ? backend->before_wait(backend->before_wait_arg) : IFKV_OK;
+}
 
 /* For back ends: REQUIRE that a view is [n_row, n_col] of this type with a stride that fits;
  * IFKV_ERR_INTERNAL with IFKV_E_SHAPE otherwise.  `op` and `what` are for the message. */

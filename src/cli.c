@@ -125,6 +125,9 @@ static void report_error(const ifkv_comm *comm) {
     if (error->code == IFKV_E_TENSOR_HEADER && strstr(error->text, "git-lfs"))
         fprintf(stderr, "ifkv: hint: the file is a Git LFS pointer; run `git lfs pull` in the "
                         "model directory\n");
+    if (error->status == IFKV_ERR_PEER && strstr(error->text, "ncclCommInitRankConfig"))
+        fprintf(stderr, "ifkv: hint: NCCL_SOCKET_IFNAME names the network interface between the "
+                        "ranks, NCCL_DEBUG=INFO shows what NCCL tries\n");
 }
 
 typedef struct cli_job {
@@ -142,6 +145,8 @@ static void log_line(void *arg, ifkv_log_level level, const char *line) {
 static ifkv_status run_rank(ifkv_comm *comm, void *arg) {
     const cli_job *job = arg;
     const int rank = ifkv_comm_rank(comm), size = ifkv_comm_size(comm);
+    if (job->options->collective_timeout)
+        ifkv_comm_set_timeout(comm, (double)job->options->collective_timeout);
     if (rank == 0 && !job->options->quiet)
         ifkv_log_set(log_line, NULL, job->options->verbose ? IFKV_LOG_DEBUG : IFKV_LOG_WARN);
     uint64_t *digests = malloc((size_t)size * sizeof *digests);
@@ -177,18 +182,21 @@ static ifkv_status comm_name(const cli_options *options, const char **name_p) {
                  (int)options->ranks, name);
     IFKV_REQUIRE(!is_copy(), IFKV_ERR_RESOURCE, IFKV_E_COMM_LAUNCH,
                  "srun started %s tasks and told this one no rank", getenv("SLURM_STEP_NUM_TASKS"));
-    *name_p = name;
+    /* under a launcher the engine finds out whether NCCL can move what it computes */
+    *name_p =
+        strcmp(name, "mpi") || (options->comm && !strcmp(options->comm, "mpi")) ? name : "auto";
     return IFKV_OK;
 }
 
 static ifkv_status run_job(const cli_job *job, ifkv_comm **comm_p) {
     const char *name = NULL;
     IFKV_TRY(comm_name(job->options, &name));
-    if (!job->command->is_parallel && strcmp(name, "mpi")) name = "self";
+    const bool is_mpi = strcmp(name, "self") && strcmp(name, "thread");
+    if (!job->command->is_parallel && !is_mpi) name = "self";
     if (!strcmp(name, "thread"))
         return ifkv_comm_thread_run(job->options->ranks ? (int)job->options->ranks : 1, run_rank,
                                     (void *)job);
-    if (!strcmp(name, "mpi")) IFKV_TRY(mpi_start());
+    if (is_mpi) IFKV_TRY(mpi_start());
     IFKV_TRY(ifkv_comm_open(name, comm_p));
     return run_rank(*comm_p, (void *)job);
 }

@@ -35,7 +35,8 @@ static const option table[] = {
      "requests, JSONL or HDF5; - reads standard input"},
     {"method", KIND_TEXT, CLI_METHOD, AT(method), 0, 0, "NAME", "infoflow",
      "infoflow, none, all, random, epic, epic_budget, cacheblend: selective, on all ranks; full: "
-     "exact, on one; ring, allgather: exact, on all"},
+     "exact, on one; ring, allgather: exact, on all; auto: infoflow if it is estimated to be 3 % "
+     "faster than ring (full on one rank), else that"},
     {"ratio", KIND_TEXT, CLI_METHOD, AT(ratio), 0, 0, "R", "0.15",
      "share of the context that is recomputed, 0 to 1"},
     {"exchange", KIND_TEXT, CLI_METHOD, AT(exchange), 0, 0, "NAME", "auto",
@@ -44,20 +45,40 @@ static const option table[] = {
     {"chunk", KIND_COUNT, CLI_METHOD, AT(chunk), AT(has_chunk), INT32_MAX, "N", NULL,
      "re-cut every context every N tokens (default: as given; 2048 for a request with "
      "\"context\")"},
+    {"refit", KIND_FLAG, CLI_METHOD, AT(refit), 0, 0, NULL, NULL,
+     "move the rows that are not recomputed by an affine map fitted on those that are; not in the "
+     "published method; needs exchange delta or one rank"},
     {"score", KIND_TEXT, CLI_METHOD, AT(score), 0, 0, "FORM", "l2",
      "l2, l1, mass, l2h: how probabilities become a score"},
     {"score-rows", KIND_TEXT, CLI_METHOD, AT(score_rows), 0, 0, "ROWS", "question",
      "question or prompt: whose attention is scored"},
-    {"score-layers", KIND_TEXT, CLI_METHOD, AT(score_layers), 0, 0, "SET", "published",
-     "published, wide or a list such as 22,23,24,25"},
+    {"score-layers", KIND_TEXT, CLI_METHOD, AT(score_layers), 0, 0, "SET", "wide",
+     "wide (every third from a third of the depth to five sixths), published (22-25, or that "
+     "depth) "
+     "or a list"},
     {"geometry", KIND_TEXT, CLI_METHOD, AT(geometry), 0, 0, "NAME", "global",
      "global, hl-tp, hl-hp, tl-tp: rotary positions while scoring"},
     {"hp", KIND_TEXT, CLI_METHOD, AT(hp), 0, 0, "PLACE", "shared",
      "shared or per_chunk: where geometry hl-hp puts the question"},
+    {"scoring", KIND_TEXT, CLI_METHOD, AT(scoring), 0, 0, "NAME", "exact",
+     "exact: the question sees all ranks' context; local: each rank's own, so that the selection "
+     "depends on the number of ranks; for comparison"},
+    {"local-sink", KIND_FLAG, CLI_METHOD, AT(local_sink), 0, 0, NULL, NULL,
+     "under --scoring local, lend the prefix to ranks without the first chunk"},
+    {"reorder", KIND_FLAG, CLI_METHOD, AT(reorder), 0, 0, NULL, NULL,
+     "put the chunks, independent documents, in ascending order of their scores first; indices "
+     "then "
+     "count along the new sequence"},
+    {"reorder-force", KIND_FLAG, CLI_METHOD, AT(reorder_force), 0, 0, NULL, NULL,
+     "the same, also where a context was cut every N tokens"},
     {"placement", KIND_TEXT, CLI_METHOD, AT(placement), 0, 0, "NAME", "auto",
      "auto, zigzag, contiguous, longest: changes time, never results"},
     {"max-new", KIND_COUNT, CLI_METHOD, AT(max_new), 0, INT32_MAX, "N", "32",
      "generated tokens at most; 0: prefill only"},
+    {"ride", KIND_TEXT, CLI_METHOD, AT(ride), 0, 0, "ROWS", "both",
+     "both, score, prompt or none: scoring rows run through encode (without --store, under "
+     "geometry "
+     "global), the prompt through recompute; changes time, never results"},
     {"epic-k", KIND_COUNT, CLI_METHOD, AT(epic_k), 0, INT32_MAX, "N", "16",
      "rows at the head of each chunk that method epic recomputes; 0: 16"},
     {"seed", KIND_SEED, CLI_METHOD, AT(seed), 0, 0, "S", "0", "of method random"},
@@ -87,9 +108,13 @@ static const option table[] = {
      "with --ranks P: the ranks take turns on one device; print what P devices would take"},
     {"links", KIND_TEXT, CLI_BENCH, AT(links), 0, 0, "FILE", "configs/links/nvlink4.json",
      "how fast the projected devices reach each other"},
-    {"backend", KIND_TEXT, CLI_RANKS, AT(backend), 0, 0, "NAME", "auto", "auto or cpu"},
+    {"backend", KIND_TEXT, CLI_RANKS, AT(backend), 0, 0, "NAME", "auto",
+     "auto, cpu, cuda; auto: cuda where there is a device, else cpu"},
     {"comm", KIND_TEXT, CLI_RANKS, AT(comm), 0, 0, "NAME", "auto",
-     "auto, self, thread, mpi; auto: mpi under mpirun or srun, thread with --ranks, else self"},
+     "auto, self, thread, mpi, nccl; auto: thread with --ranks; mpi under mpirun or srun, nccl "
+     "where each rank has a GPU of its own; else self"},
+    {"collective-timeout", KIND_COUNT, CLI_RANKS, AT(collective_timeout), 0, 86400, "S", "300",
+     "seconds that NCCL waits for the other ranks before the job ends"},
     {"ranks", KIND_COUNT, CLI_RANKS, AT(ranks), 0, 1024, "P", NULL, "ranks of --comm thread"},
     {"threads", KIND_COUNT, CLI_RANKS, AT(threads), 0, 4096, "N", NULL,
      "threads of each rank (default: cores / ranks on this node)"},

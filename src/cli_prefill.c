@@ -35,6 +35,11 @@ ifkv_prefill_options cli_prefill_options(const cli_options *options, const ifkv_
         .score_layers = options->score_layers,
         .geometry = options->geometry,
         .hp = options->hp,
+        .scoring = options->scoring,
+        .local_sink = options->local_sink,
+        .reorder = options->reorder_force ? "force"
+                   : options->reorder     ? "on"
+                                          : NULL,
         .placement = options->placement,
         .chunk = options->chunk,
         .max_new = options->max_new,
@@ -42,6 +47,8 @@ ifkv_prefill_options cli_prefill_options(const cli_options *options, const ifkv_
         .keep_scores = options->save_scores,
         .store = store,
         .epic_k = options->epic_k,
+        .ride = options->ride,
+        .refit = options->refit,
     };
     if (item && item->max_new >= 0) prefill.max_new = item->max_new;
     if (item && item->is_context && !options->chunk) prefill.chunk = CONTEXT_CHUNK;
@@ -128,9 +135,10 @@ void cli_progress_clear(const cli_progress *progress) {
 /* ---- table ---- */
 
 static void print_head(const ifkv_result *result) {
-    printf("# method %s, exchange %s, backend %s, comm %s, ranks %d; milliseconds, maximum over "
-           "ranks\n",
-           result->method, result->exchange, result->backend, result->comm, result->n_rank);
+    printf("# method %s, exchange %s, backend %s on %s, comm %s, ranks %d; milliseconds, maximum "
+           "over ranks\n",
+           result->method, result->exchange, result->backend, result->device, result->comm,
+           result->n_rank);
     printf("%-24s %8s %8s", "# request", "tokens", "selected");
     for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++)
         printf(" %9s", ifkv_stage_name((ifkv_stage)stage));
@@ -151,12 +159,31 @@ static void print_row(const ifkv_request_item *item, const ifkv_result *result) 
     char shown[IFKV_QUOTE_BYTES];
     printf("%-24.24s %8lld %8lld", ifkv_quote(item->id, strlen(item->id), shown),
            (long long)(result->n_context + result->n_prompt), (long long)result->n_selected);
-    for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++) printf(" %9.1f", result->ms[stage]);
+    for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++) {
+        if (result->rode[stage])
+            printf(" %9s", "rode"); /* its zero is not a time */
+        else
+            printf(" %9.1f", result->ms[stage]);
+    }
     printf(" %9.1f %9.1f %6lld %9.2f", result->ttft_ms, result->ms[IFKV_STAGE_DECODE],
            (long long)result->n_answer, (double)result->bytes_total / 1e6);
     print_store(result);
     putchar('\n');
     fflush(stdout);
+}
+
+/* What was left to ifkv, and what it goes by. */
+static void print_choices(const cli_options *options, const ifkv_request_item *item,
+                          const ifkv_result *result) {
+    char shown[IFKV_QUOTE_BYTES];
+    ifkv_quote(item->id, strlen(item->id), shown);
+    if (options->quiet) return;
+    if (*result->auto_exact)
+        fprintf(stderr, "ifkv: %s: method auto: %s: estimates: %s %.1f ms, infoflow %.1f ms\n",
+                shown, result->method, result->auto_exact, result->auto_exact_ms,
+                result->auto_infoflow_ms);
+    if (options->exchange && *result->exchange_choice)
+        fprintf(stderr, "ifkv: %s: exchange auto: %s\n", shown, result->exchange_choice);
 }
 
 static ifkv_status print_result(const cli_options *options, const ifkv_request_item *item,
@@ -220,20 +247,28 @@ static ifkv_status open_output(prefill_run *run) {
     /* what is not exact sees other keys for other ranks; every other result is the same for any
      * number of them */
     const char *exchange = or_default(o->exchange, "auto");
-    const bool is_rank_bound = !strcmp(exchange, "kv") || !strcmp(exchange, "local");
+    const bool is_local = o->scoring && !strcmp(o->scoring, "local");
+    const bool is_auto = o->method && !strcmp(o->method, "auto");
+    const bool is_rank_bound =
+        !strcmp(exchange, "kv") || !strcmp(exchange, "local") || is_local || is_auto;
     snprintf(run->what, sizeof run->what,
              "method=%s;ratio=%s;exchange=%s;chunk=%lld;score=%s;score_rows=%s;score_layers=%s;"
-             "geometry=%s;hp=%s;max_new=%lld;seed=%llu;epic_k=%lld;"
-             "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d%s",
+             "geometry=%s;hp=%s;max_new=%lld;seed=%llu;epic_k=%lld;%s"
+             "weights=%s%llu;backend=%s;ranks=%d;save_kv=%d;save_logits=%d;save_scores=%d%s%s%s",
              or_default(o->method, "infoflow"), or_default(o->ratio, "0.15"), exchange,
              (long long)o->chunk, or_default(o->score, "l2"), or_default(o->score_rows, "question"),
-             or_default(o->score_layers, "published"), or_default(o->geometry, "global"),
+             or_default(o->score_layers, "wide"), or_default(o->geometry, "global"),
              or_default(o->hp, "shared"), (long long)o->max_new, (unsigned long long)o->seed,
-             (long long)(o->epic_k ? o->epic_k : 16), o->has_random_weights ? "random-" : "file-",
-             (unsigned long long)o->random_weights, or_default(o->backend, "auto"),
+             (long long)(o->epic_k ? o->epic_k : 16), o->refit ? "refit=1;" : "",
+             o->has_random_weights ? "random-" : "file-", (unsigned long long)o->random_weights,
+             or_default(o->backend, "auto"),
              is_rank_bound || o->save_kv ? ifkv_comm_size(run->comm) : 0, o->save_kv,
              o->save_logits, o->save_scores,
-             o->store ? ";store=1" : ""); /* what is in it changes nothing, that it is used does */
+             o->store ? ";store=1" : "", /* what is in it changes nothing, that it is used does */
+             !is_local       ? ""
+             : o->local_sink ? ";scoring=local;local_sink=1"
+                             : ";scoring=local",
+             o->reorder_force || o->reorder ? ";reorder=1" : "");
     run->output_options = (ifkv_output_options){
         .dir = o->out,
         .mode = o->resume      ? IFKV_OUTPUT_RESUME
@@ -313,6 +348,7 @@ static ifkv_status run_session(prefill_run *run, int64_t i, bool is_first, uint6
         const int n_kv = run->options->save_kv ? ifkv_comm_size(run->comm) : 0;
         status = ifkv_output_record(run->output, i, &result, n_kv, digest);
         cli_progress_clear(&run->progress);
+        print_choices(run->options, item, &result);
         if (status == IFKV_OK) status = print_result(run->options, item, &result, is_first);
     }
     status = ifkv_comm_agree(run->comm, status, NULL);
@@ -349,10 +385,28 @@ static ifkv_status run_requests(prefill_run *run) {
     return ifkv_comm_agree(run->comm, status, NULL);
 }
 
+static ifkv_status print_rates(prefill_run *run) {
+    ifkv_rates rates = {.size = sizeof rates};
+    if (!run->options->method || strcmp(run->options->method, "auto")) return IFKV_OK;
+    IFKV_TRY(ifkv_engine_measure(run->engine, &rates));
+    if (ifkv_comm_rank(run->comm) > 0 || run->options->quiet) return IFKV_OK;
+    fprintf(
+        stderr,
+        "ifkv: rates of a rank: matmul %.1f GFLOP/s, attention %.1f GFLOP/s, weights %.2f GB/s, "
+        "passes %.2f GB/s",
+        1e-9 * rates.matmul, 1e-9 * rates.attention, 1e-9 * rates.memory, 1e-9 * rates.passes);
+    if (rates.link > 0)
+        fprintf(stderr, ", link %.2f GB/s and %.1f us a message", 1e-9 * rates.link,
+                1e6 * rates.message_s);
+    fputc('\n', stderr);
+    return IFKV_OK;
+}
+
 static ifkv_status load_and_run(prefill_run *run, size_t bytes) {
     const ifkv_engine_options options = cli_engine_options(run->options, false);
     IFKV_TRY(ifkv_engine_open(run->comm, &options, &run->engine));
     IFKV_TRY(ifkv_comm_agree(run->comm, ifkv_engine_reserve(run->engine, bytes), NULL));
+    IFKV_TRY(print_rates(run));
     IFKV_TRY(begin_output(run));
     return run_requests(run);
 }

@@ -202,7 +202,7 @@ static ifkv_status inspect_model(ifkv_comm *comm, const char *path) {
                info.d_model, info.d_ff, (long long)info.n_vocab, (long long)info.max_position,
                info.rope_theta, info.is_tied ? "tied" : "untied", (long long)info.n_parameter,
                (double)info.weight_bytes / 1e6, info.backend,
-               2LL * info.n_layer * info.n_kv_head * info.d_head * (int)sizeof(float),
+               2LL * info.n_layer * info.n_kv_head * info.d_head * (int)info.element_bytes,
                (unsigned long long)info.fingerprint);
     ifkv_engine_close(engine);
     return status;
@@ -275,7 +275,9 @@ ifkv_status cli_version(ifkv_comm *comm, const cli_options *options) {
     char hdf5[32];
     (void)options;
     if (ifkv_comm_rank(comm) != 0) return IFKV_OK;
-    printf("ifkv %s\n  back ends: cpu\n  communicators: self thread%s\n  HDF5 %s, jansson %s\n",
-           IFKV_VERSION, IFKV_HAVE_MPI ? " mpi" : "", ifkv_h5_version(hdf5), jansson_version_str());
+    printf("ifkv %s\n  back ends: cpu%s\n  communicators: self thread%s%s\n  HDF5 %s, jansson %s\n",
+           IFKV_VERSION, IFKV_HAVE_CUDA ? " cuda" : "", IFKV_HAVE_MPI ? " mpi" : "",
+           IFKV_HAVE_MPI && IFKV_HAVE_NCCL ? " nccl" : "", ifkv_h5_version(hdf5),
+           jansson_version_str());
     return IFKV_OK;
 }

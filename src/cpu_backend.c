@@ -81,6 +81,11 @@ static const ifkv_backend_ops cpu_ops = {
     /* Parts of parts: one rounding to float32 at the end, so that scores and the selection do not
      * depend on how the keys were dealt to ranks. */
     .part_dtype = IFKV_DTYPE_F64,
+    .joins_riders = false,
+    /* Big enough that packing the weights is small beside the product, small enough that the
+     * gate/up scratch stays in the last-level cache. */
+    .row_block = 1024,
+    .is_row_exact = false,
     .close = cpu_close,
     .prepare = cpu_prepare,
     .alloc = cpu_alloc,
@@ -101,6 +106,7 @@ static const ifkv_backend_ops cpu_ops = {
     .score = ifkv_cpu_score,
     .row_distance = ifkv_cpu_row_distance,
     .top_k = ifkv_cpu_top_k,
+    .refit = ifkv_cpu_refit,
 };
 
 ifkv_status ifkv_cpu_backend_open(int n_thread, int node_rank, ifkv_backend **backend_p) {

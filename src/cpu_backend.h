@@ -86,6 +86,7 @@ ifkv_status ifkv_cpu_row_distance(ifkv_backend *backend, const ifkv_view *a, con
 ifkv_status ifkv_cpu_attention(ifkv_backend *backend, const ifkv_attention_args *args);
 ifkv_status ifkv_cpu_merge(ifkv_backend *backend, const ifkv_merge_args *args);
 ifkv_status ifkv_cpu_score(ifkv_backend *backend, const ifkv_score_args *args);
+ifkv_status ifkv_cpu_refit(ifkv_backend *backend, const ifkv_refit_args *args);
 ifkv_status ifkv_cpu_top_k(ifkv_backend *backend, const float *value, int64_t n, int64_t k,
                            int64_t *scratch, int64_t *index);
 

@@ -101,6 +101,14 @@ static ifkv_status open_local(ifkv_engine *engine, const ifkv_engine_options *op
                                          config->d_head);
 }
 
+static ifkv_status attach(ifkv_engine *engine) {
+    int64_t most = engine->n_sharing;
+    IFKV_TRY(ifkv_comm_all_reduce_i64(engine->comm, &most, 1, IFKV_REDUCE_MAX));
+    const ifkv_status status =
+        ifkv_comm_attach(engine->comm, engine->backend, most == 1, &engine->data);
+    return ifkv_comm_agree(engine->comm, status, NULL);
+}
+
 ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_options,
                              ifkv_engine **engine_p) {
     ifkv_engine_options options;
@@ -119,8 +127,7 @@ ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_
     IFKV_TRY_GOTO(status, ifkv_comm_same(comm, engine->model.fingerprint, "model fingerprint"),
                   err_close);
     IFKV_TRY_GOTO(status, share_memory(engine), err_close);
-    status = options.check_only ? IFKV_OK : ifkv_comm_attach(comm, engine->backend, &engine->data);
-    IFKV_TRY_GOTO(status, ifkv_comm_agree(comm, status, NULL), err_close);
+    if (!options.check_only) IFKV_TRY_GOTO(status, attach(engine), err_close);
     *engine_p = engine;
     return IFKV_OK;
 err_close:
@@ -167,6 +174,8 @@ ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *caller_
         .fingerprint = engine->model.fingerprint,
         .backend = engine->backend->ops->name,
         .n_thread = engine->backend->n_thread,
+        .device = engine->backend->device,
+        .element_bytes = ifkv_dtype_bytes(engine->backend->ops->dtype),
     };
     return ifkv_struct_write(caller_info, &info, sizeof info, "model_info");
 }

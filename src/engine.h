@@ -21,6 +21,8 @@ struct ifkv_engine {
     size_t resident_before; /* bytes of this process before the weights */
     bool has_weights_digest;
     uint64_t weights_digest; /* of ifkv_engine_identify */
+    bool has_rates;
+    ifkv_rates rates; /* of ifkv_engine_measure */
 };
 
 /* Fill weights_digest, once: config and tensor directory do not tell two trainings of one model

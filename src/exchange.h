@@ -69,6 +69,9 @@ typedef struct ifkv_exchange_ops {
      * their index that this exchange lets them see. */
     ifkv_status (*attend)(ifkv_exchange *exchange, int layer, const ifkv_view *q,
                           const ifkv_view *out);
+    /* (optional) K and V of the whole context on this rank, row i at index i, as rows at home see
+     * them from `share` on.  NULL: the exchange keeps no such thing on more than one rank. */
+    const ifkv_kvcache *(*whole)(const ifkv_exchange *exchange);
     /* What the calls above receive, from the plan alone.  Local. */
     ifkv_exchange_bytes (*bytes)(const ifkv_exchange *exchange);
     const char *explain; /* one sentence: what moves, and whether the result is exact */

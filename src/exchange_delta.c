@@ -234,6 +234,10 @@ static ifkv_status delta_attend(ifkv_exchange *exchange, int layer, const ifkv_v
     return exchange->backend->ops->attention(exchange->backend, &args);
 }
 
+static const ifkv_kvcache *delta_whole(const ifkv_exchange *exchange) {
+    return &((const exchange_delta *)exchange)->full;
+}
+
 static ifkv_exchange_bytes delta_bytes(const ifkv_exchange *exchange) {
     const exchange_delta *x = (const exchange_delta *)exchange;
     const ifkv_placement *placement = exchange->shape.placement;
@@ -258,6 +262,7 @@ const ifkv_exchange_ops ifkv_exchange_delta_ops = {
     .begin = delta_begin,
     .store = delta_store,
     .attend = delta_attend,
+    .whole = delta_whole,
     .bytes = delta_bytes,
     .explain = "all K/V go to every rank once, in encode, then the fresh rows only; exact, "
                "needs memory for all K/V on every rank",

@@ -75,9 +75,9 @@ void ifkv_log_set(ifkv_log_fn fn, void *arg, ifkv_log_level max_level);
 typedef struct ifkv_comm ifkv_comm;
 
 /* Open a communicator by name: "self" (one rank), "mpi" (duplicates MPI_COMM_WORLD; the host has
- * called MPI_Init_thread) or "nccl" (mpi, and NCCL for what is computed on GPUs).  Collective.  The
- * caller owns *comm_p.  Errors: UNSUPPORTED if that half is not built, USAGE if the name is
- * unknown. */
+ * called MPI_Init_thread), "nccl" (mpi, and NCCL for what is computed on GPUs), "auto" (nccl where
+ * it is built and every rank has a GPU of its own, else mpi).  Collective.  The caller owns
+ * *comm_p. Errors: UNSUPPORTED if that half is not built, USAGE if the name is unknown. */
 ifkv_status ifkv_comm_open(const char *name, ifkv_comm **comm_p);
 void ifkv_comm_close(ifkv_comm *comm);
 
@@ -115,7 +115,7 @@ typedef struct ifkv_engine ifkv_engine;
 typedef struct ifkv_engine_options {
     size_t size;
     const char *model_dir; /* Hugging Face directory */
-    const char *backend;   /* NULL or "auto", "cpu" */
+    const char *backend;   /* NULL or "auto", "cpu", "cuda" */
     int n_thread; /* threads of this rank; 0: hardware threads divided by the ranks on this node */
     bool random_weights; /* weights drawn from seed instead of read; config.json is enough then */
     uint64_t seed;
@@ -138,12 +138,29 @@ typedef struct ifkv_model_info {
     bool is_tied;
     size_t weight_bytes;  /* resident, per rank */
     uint64_t fingerprint; /* of config and tensor directory; equal on every rank */
-    const char *backend;  /* "cpu" */
+    const char *backend;  /* "cpu", "cuda" */
     int n_thread;
+    const char *device;   /* what that computes on, for people */
+    size_t element_bytes; /* of weights, activations, K and V */
 } ifkv_model_info;
 
 /* Describe the model.  Strings are borrowed from the engine.  Local. */
 ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *info);
+
+/* What the machine does in a second, of one rank while all of them are at it. */
+typedef struct ifkv_rates {
+    size_t size;
+    double matmul, attention; /* FLOP/s at the model's shapes */
+    double memory;            /* bytes/s of weights, in products of a single row */
+    double passes;            /* bytes/s of element-wise passes, read and written */
+    double link;              /* bytes/s received by a rank; 0: there is no other */
+    double message_s;         /* seconds of a message of no length */
+} ifkv_rates;
+
+/* Measure rates, once an engine: products and attention at the model's shapes, element-wise passes,
+ * messages of a few sizes; the same values on every rank, those of the slowest.  Takes a fraction
+ * of a second for a small model.  Collective.  Errors: USAGE without weights, RESOURCE. */
+ifkv_status ifkv_engine_measure(ifkv_engine *engine, ifkv_rates *rates);
 
 /* ---- chunk store ---- */
 
@@ -182,6 +199,8 @@ typedef struct ifkv_store {
     /* Keep an entry: `give` fills the store's own buffers, in ascending order of layers. */
     void (*save)(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn give,
                  void *give_arg);
+    /* Whether load is likely to give an entry, at little cost; for estimates.  NULL: it is not. */
+    bool (*has)(void *arg, const ifkv_store_entry *entry);
 } ifkv_store;
 
 /* ---- requests ---- */
@@ -217,20 +236,22 @@ typedef enum ifkv_stage {
 /* "place", "encode", ... */
 const char *ifkv_stage_name(ifkv_stage stage);
 
+/* A stage that rides is part of the one it rides in. */
 typedef void (*ifkv_progress_fn)(void *arg, ifkv_stage stage, int64_t done, int64_t total);
 /* True: give up before the next stage.  Asked on every rank; one rank's answer is everybody's. */
 typedef bool (*ifkv_stop_fn)(void *arg);
 
 typedef struct ifkv_prefill_options {
     size_t size;
-    const char *method;       /* NULL: "infoflow"; "none", "all", "random", "epic", "epic_budget",
-                                 "cacheblend", "full"; "ring" and "allgather" are their own
-                                 exchange */
-    const char *exchange;     /* NULL: "auto"; "query", "delta"; "kv", "local": not exact */
-    const char *ratio;        /* exact decimal in [0, 1], NULL: "0.15" */
-    const char *score;        /* NULL: "l2"; "l1", "mass", "l2h" */
+    const char *method;   /* NULL: "infoflow"; "auto": infoflow if it is estimated to be 3 % faster
+                             than exact prefill, else that ("full" on one rank, "ring"); "none",
+                             "all", "random", "epic", "epic_budget", "cacheblend", "full"; "ring"
+                             and "allgather" are their own exchange */
+    const char *exchange; /* NULL: "auto"; "query", "delta"; "kv", "local": not exact */
+    const char *ratio;    /* exact decimal in [0, 1], NULL: "0.15" */
+    const char *score;    /* NULL: "l2"; "l1", "mass", "l2h" */
     const char *score_rows;   /* NULL: "question"; "prompt" */
-    const char *score_layers; /* NULL: "published"; "wide"; "22,23,24,25" */
+    const char *score_layers; /* NULL: "wide"; "published"; "22,23,24,25" */
     const char *placement; /* NULL: "auto"; "zigzag", "contiguous", "longest": changes time, never
                               results */
     int64_t chunk;         /* re-cut the context every so many tokens; 0: as given */
@@ -250,13 +271,27 @@ typedef struct ifkv_prefill_options {
     int64_t epic_k;          /* of method "epic": rows at the head of each chunk; 0: 16 */
     ifkv_stop_fn stop;       /* on every rank or on none; a session that stops returns BUSY */
     void *stop_arg;
+    const char *ride;    /* NULL: "both"; "score": the scoring rows run through encode where nothing
+                            comes from a store and the geometry is "global"; "prompt": the prompt runs
+                            through recompute where any row is selected; "none".  Saves a reading of
+                            the weights; results agree up to rounding, on the CPU to the bit */
+    const char *scoring; /* NULL: "exact"; "local": each rank's question sees that rank's chunks
+                            alone, so that the selection depends on placement and rank count */
+    bool local_sink;     /* of scoring "local": lend the prefix rows to ranks without chunk 0 */
+    const char *reorder; /* NULL: "off"; "on": chunks, which must be independent documents, change
+                            places by their scores first, and all that the session tells is
+                            about the sequence in the new order; method "infoflow" with geometry
+                            "global" only; "force": also chunks that `chunk` cut */
+    bool refit; /* rows that are not recomputed are moved by an affine map per layer and K/V head,
+                   fitted on those that are; needs exchange "delta" or one rank */
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */
 ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *options);
-/* Bytes of arena this rank needs for a request; validates request and options on the way.  Local,
- * the same checks on every rank.  Errors: USAGE, DATA; RESOURCE, with *bytes_p set, if weights and
- * arena exceed this rank's share of the machine's memory. */
+/* Bytes of arena this rank needs for a request, under "auto" with either method; validates request
+ * and options on the way.  Local, the same checks on every rank.  Errors: USAGE, DATA; RESOURCE,
+ * with *bytes_p set, if weights and arena exceed this rank's share of the memory that the back end
+ * computes in. */
 ifkv_status ifkv_engine_plan(const ifkv_engine *engine, const ifkv_request *request,
                              const ifkv_prefill_options *options, size_t *bytes_p);
 /* Grow the engine's arena to at least `bytes` (this rank's).  No session may be open.  Local. */
@@ -301,6 +336,15 @@ typedef struct ifkv_result {
     bool has_store;           /* a chunk store was used */
     int64_t store_hits, store_misses; /* entries, sum over ranks: chunks, and the prefix rows */
     int64_t store_tokens_hit;         /* context rows that were loaded, of n_context */
+    bool rode[IFKV_N_STAGE]; /* stages that rode: score in encode, prompt in recompute, which count
+                                their ms; their own is 0 */
+    const char *scoring;     /* "exact" or "local"; "" if no attention was scored */
+    const char *auto_exact;  /* of method "auto": the exact method that was considered; else "" */
+    double auto_exact_ms, auto_infoflow_ms; /* estimates of first tokens, without decode */
+    const char *exchange_choice; /* one line on why exchange "auto" took the one it took; else "" */
+    const int64_t *chunk_order;  /* [n_chunk] the request's chunk that stands in each place; NULL
+                                    without reorder */
+    const char *device;          /* what the back end computes on, for people */
 } ifkv_result;
 
 /* The result so far, the same on every rank except first_logits; arrays borrowed from the session.
@@ -317,6 +361,7 @@ typedef struct ifkv_kv_rows {
     const int32_t *token;         /* [n_row] */
     const uint8_t *recomputed;    /* [n_row] 1 if recompute rewrote the row in every layer but 0 */
     const int64_t *chunk_offsets; /* [n_chunk + 1] of the whole context, in index */
+    const int64_t *chunk_order;   /* [n_chunk] see ifkv_result */
 } ifkv_kv_rows;
 
 ifkv_status ifkv_session_kv_rows(const ifkv_session *session, ifkv_kv_rows *rows);

@@ -7,15 +7,16 @@
 #include "placement.h"
 #include "rope.h"
 
-ifkv_status ifkv_pass_init(ifkv_pass *pass, const ifkv_model *model, const double *frequency,
-                           int64_t max_row, int64_t max_group) {
+ifkv_status ifkv_pass_init(ifkv_pass *pass, const ifkv_model *model, const ifkv_backend *backend,
+                           const double *frequency, int64_t max_row, int64_t max_group) {
+    const int64_t row_block = backend->ops->row_block;
     const size_t row_bytes = (size_t)model->config.d_head * sizeof(float);
     memset(pass, 0, sizeof *pass);
     pass->model = model;
     pass->frequency = frequency;
     pass->max_row = max_row;
-    pass->max_block = max_row < IFKV_ROW_BLOCK ? max_row : IFKV_ROW_BLOCK;
-    pass->max_n_block = max_row / IFKV_ROW_BLOCK + max_group;
+    pass->max_block = max_row < row_block ? max_row : row_block;
+    pass->max_n_block = max_row / row_block + max_group;
     pass->block = malloc(((size_t)pass->max_n_block + 1) * sizeof *pass->block);
     pass->stage =
         malloc((size_t)max_row * (row_bytes > sizeof(int64_t) ? row_bytes : sizeof(int64_t)) + 1);
@@ -47,6 +48,23 @@ void ifkv_pass_layout(ifkv_pass *pass, ifkv_arena *arena, ifkv_dtype dtype) {
     pass->act = ifkv_arena_view(arena, dtype, block, config->d_ff);
 }
 
+static void cut_blocks(ifkv_pass *pass, const ifkv_backend *backend, int64_t n_group,
+                       const int64_t *group_begin) {
+    const int64_t whole[] = {0, pass->n_row};
+    if (backend->ops->is_row_exact && n_group > 0) {
+        n_group = 1;
+        group_begin = whole;
+    }
+    pass->n_block = 0;
+    for (int64_t g = 0; g < n_group; g++) {
+        const int64_t rows = group_begin[g + 1] - group_begin[g],
+                      n = ifkv_even_blocks(rows, backend->ops->row_block);
+        for (int64_t i = 0; i < n; i++)
+            pass->block[pass->n_block++] = group_begin[g] + ifkv_even_begin(rows, n, i);
+    }
+    pass->block[pass->n_block] = pass->n_row;
+}
+
 ifkv_status ifkv_pass_begin(ifkv_pass *pass, ifkv_backend *backend, int64_t n_row,
                             const int32_t *token, const int64_t *position, int64_t n_group,
                             const int64_t *group_begin) {
@@ -55,14 +73,7 @@ ifkv_status ifkv_pass_begin(ifkv_pass *pass, ifkv_backend *backend, int64_t n_ro
                  (long long)pass->max_row);
     const int d_head = pass->model->config.d_head;
     pass->n_row = n_row;
-    pass->n_block = 0;
-    for (int64_t g = 0; g < n_group; g++) {
-        const int64_t rows = group_begin[g + 1] - group_begin[g],
-                      n = ifkv_even_blocks(rows, IFKV_ROW_BLOCK);
-        for (int64_t i = 0; i < n; i++)
-            pass->block[pass->n_block++] = group_begin[g] + ifkv_even_begin(rows, n, i);
-    }
-    pass->block[pass->n_block] = n_row;
+    cut_blocks(pass, backend, n_group, group_begin);
 
     int64_t *id = pass->stage;
     for (int64_t i = 0; i < n_row; i++) id[i] = token[i];
@@ -73,6 +84,14 @@ ifkv_status ifkv_pass_begin(ifkv_pass *pass, ifkv_backend *backend, int64_t n_ro
                                   (size_t)(n_row * d_head) * sizeof *table));
     const ifkv_view hidden = ifkv_view_rows(&pass->hidden, 0, n_row);
     return backend->ops->gather(backend, &pass->model->embed, pass->row_id, &hidden);
+}
+
+int64_t ifkv_pass_add_riders(const ifkv_backend *backend, int64_t n_rider, int64_t n_group,
+                             int64_t *group_begin) {
+    const int64_t n_row = group_begin[n_group] + n_rider;
+    if (n_group == 0 || !backend->ops->joins_riders) n_group++;
+    group_begin[n_group] = n_row;
+    return n_group;
 }
 
 /* Norm, projection and rotation of one block of rows into qkv. */
@@ -112,7 +131,8 @@ static ifkv_status project(ifkv_pass *pass, const ifkv_layer_weights *weights,
 
 /* Output projection and MLP of one block of rows, both added to the residual stream. */
 static ifkv_status finish(ifkv_pass *pass, const ifkv_layer_weights *weights, ifkv_backend *backend,
-                          int64_t row, int64_t n) {
+                          int64_t row, int64_t n, unsigned what) {
+    (void)what;
     const ifkv_backend_ops *ops = backend->ops;
     const ifkv_view attended = ifkv_view_rows(&pass->attended, row, n),
                     hidden = ifkv_view_rows(&pass->hidden, row, n);
@@ -127,31 +147,66 @@ static ifkv_status finish(ifkv_pass *pass, const ifkv_layer_weights *weights, if
     return ops->matmul(backend, &act, &weights->down, true, &hidden);
 }
 
-ifkv_status ifkv_layer_run(ifkv_pass *pass, int layer, ifkv_exchange *exchange, unsigned what) {
-    const ifkv_config *config = &pass->model->config;
-    const ifkv_layer_weights *weights = &pass->model->layer[layer];
-    ifkv_backend *backend = exchange->backend;
-    const int64_t n_row = pass->n_row, q_cols = (int64_t)config->n_head * config->d_head;
-    const int64_t kv_cols = (int64_t)config->n_kv_head * config->d_head;
+typedef ifkv_status (*block_fn)(ifkv_pass *pass, const ifkv_layer_weights *weights,
+                                ifkv_backend *backend, int64_t row, int64_t n, unsigned what);
 
-    for (int64_t i = 0; i < pass->n_block; i++)
-        IFKV_TRY(project(pass, weights, backend, pass->block[i],
-                         pass->block[i + 1] - pass->block[i], what));
-    if (what & IFKV_LAYER_KV) {
-        const ifkv_view k = ifkv_view_block(&pass->qkv, 0, n_row, q_cols, kv_cols);
-        const ifkv_view v = ifkv_view_block(&pass->qkv, 0, n_row, q_cols + kv_cols, kv_cols);
-        IFKV_TRY(exchange->ops->store(exchange, layer, &k, &v));
+/* Take every run of neighbouring parts that want the same of `mask` through `step`, a row block at
+ * a time; a block that reaches over the end of a run is cut there. */
+static ifkv_status run_blocks(ifkv_pass *pass, const ifkv_layer_weights *weights,
+                              const ifkv_layer_part *part, int n_part, unsigned mask,
+                              block_fn step) {
+    int64_t begin = 0, end = 0;
+    for (int i = 0; i < n_part; begin = end) {
+        const unsigned what = part[i].what & mask;
+        ifkv_backend *backend = part[i].exchange->backend;
+        for (; i < n_part && (part[i].what & mask) == what; i++) end += part[i].n_row;
+        for (int64_t b = 0; what && b < pass->n_block; b++) {
+            const int64_t row = pass->block[b] > begin ? pass->block[b] : begin,
+                          stop = pass->block[b + 1] < end ? pass->block[b + 1] : end;
+            if (row < stop) IFKV_TRY(step(pass, weights, backend, row, stop - row, what));
+        }
     }
-    if (what & IFKV_LAYER_ATTEND) {
-        const ifkv_view q = ifkv_view_block(&pass->qkv, 0, n_row, 0, q_cols);
-        const ifkv_view attended = ifkv_view_rows(&pass->attended, 0, n_row);
-        IFKV_TRY(exchange->ops->attend(exchange, layer, &q, &attended));
-    }
-    if (what & IFKV_LAYER_FINISH)
-        for (int64_t i = 0; i < pass->n_block; i++)
-            IFKV_TRY(finish(pass, weights, backend, pass->block[i],
-                            pass->block[i + 1] - pass->block[i]));
     return IFKV_OK;
+}
+
+static ifkv_status store(ifkv_pass *pass, int layer, ifkv_layer_part *part, int64_t row) {
+    const ifkv_config *config = &pass->model->config;
+    const int64_t q_cols = (int64_t)config->n_head * config->d_head,
+                  kv_cols = (int64_t)config->n_kv_head * config->d_head;
+    const ifkv_view k = ifkv_view_block(&pass->qkv, row, part->n_row, q_cols, kv_cols),
+                    v = ifkv_view_block(&pass->qkv, row, part->n_row, q_cols + kv_cols, kv_cols);
+    const int64_t before = ifkv_comm_received(part->exchange->comm);
+    const ifkv_status status = part->exchange->ops->store(part->exchange, layer, &k, &v);
+    part->bytes += ifkv_comm_received(part->exchange->comm) - before;
+    return status;
+}
+
+static ifkv_status attend(ifkv_pass *pass, int layer, ifkv_layer_part *part, int64_t row) {
+    const ifkv_config *config = &pass->model->config;
+    const ifkv_view q = ifkv_view_block(&pass->qkv, row, part->n_row, 0,
+                                        (int64_t)config->n_head * config->d_head),
+                    attended = ifkv_view_rows(&pass->attended, row, part->n_row);
+    const int64_t before = ifkv_comm_received(part->exchange->comm);
+    const ifkv_status status = part->exchange->ops->attend(part->exchange, layer, &q, &attended);
+    part->bytes += ifkv_comm_received(part->exchange->comm) - before;
+    return status;
+}
+
+ifkv_status ifkv_layer_run_parts(ifkv_pass *pass, int layer, ifkv_layer_part *part, int n_part) {
+    const ifkv_layer_weights *weights = &pass->model->layer[layer];
+    int64_t row = 0;
+    IFKV_TRY(run_blocks(pass, weights, part, n_part, IFKV_LAYER_Q | IFKV_LAYER_KV, project));
+    for (int i = 0; i < n_part; row += part[i++].n_row)
+        if (part[i].what & IFKV_LAYER_KV) IFKV_TRY(store(pass, layer, &part[i], row));
+    row = 0;
+    for (int i = 0; i < n_part; row += part[i++].n_row)
+        if (part[i].what & IFKV_LAYER_ATTEND) IFKV_TRY(attend(pass, layer, &part[i], row));
+    return run_blocks(pass, weights, part, n_part, IFKV_LAYER_FINISH, finish);
+}
+
+ifkv_status ifkv_layer_run(ifkv_pass *pass, int layer, ifkv_exchange *exchange, unsigned what) {
+    ifkv_layer_part all = {exchange, pass->n_row, what, 0};
+    return ifkv_layer_run_parts(pass, layer, &all, 1);
 }
 
 ifkv_status ifkv_pass_logits(ifkv_pass *pass, ifkv_backend *backend, int64_t row,

@@ -10,16 +10,12 @@
 #include "exchange.h"
 #include "model.h"
 
-/* Linear work goes over rows in blocks of at most this many: big enough that packing the weights is
- * small beside the product, small enough that the gate/up scratch stays in the last-level cache. */
-enum { IFKV_ROW_BLOCK = 1024 };
-
 typedef struct ifkv_pass {
-    const ifkv_model *model; /* borrowed */
-    const double *frequency; /* [d_head / 2] of rope.h, borrowed */
-    int64_t max_row, max_block;
-    int64_t n_row;  /* rows of this rank in the current pass */
-    int64_t *block; /* [max_n_block + 1] host, owned: boundaries of the row blocks */
+    const ifkv_model *model;    /* borrowed */
+    const double *frequency;    /* [d_head / 2] of rope.h, borrowed */
+    int64_t max_row, max_block; /* linear work goes over rows in blocks of at most max_block */
+    int64_t n_row;              /* rows of this rank in the current pass */
+    int64_t *block;             /* [max_n_block + 1] host, owned: boundaries of the row blocks */
     int64_t n_block, max_n_block;
     void *stage; /* host, owned: ids and angles on their way to the back end */
 
@@ -37,18 +33,24 @@ typedef struct ifkv_pass {
 } ifkv_pass;
 
 /* Allocate the host side of a pass of up to max_row rows in up to max_group groups (see begin). */
-ifkv_status ifkv_pass_init(ifkv_pass *pass, const ifkv_model *model, const double *frequency,
-                           int64_t max_row, int64_t max_group);
+ifkv_status ifkv_pass_init(ifkv_pass *pass, const ifkv_model *model, const ifkv_backend *backend,
+                           const double *frequency, int64_t max_row, int64_t max_group);
 void ifkv_pass_fini(ifkv_pass *pass);
 void ifkv_pass_layout(ifkv_pass *pass, ifkv_arena *arena, ifkv_dtype dtype);
 
 /* Start a pass: embed the tokens and make the rotation tables.  Rows are cut into blocks within
- * each group, never across, so that a group's bits do not depend on the others.  All arrays are
+ * each group, never across unless the back end is row-exact, so that a group's bits do not depend
+ * on the others.  All arrays are
  * host memory, read before the call returns. token, position  [n_row]                group_begin
  * [n_group + 1], 0 .. n_row */
 ifkv_status ifkv_pass_begin(ifkv_pass *pass, ifkv_backend *backend, int64_t n_row,
                             const int32_t *token, const int64_t *position, int64_t n_group,
                             const int64_t *group_begin);
+/* Add n_rider rows to the n_group groups of a pass: in a group of their own, or in the last one
+ * where the back end says that riders join (see backend.h).  group_begin has room for one more.
+ * Returns the number of groups. */
+int64_t ifkv_pass_add_riders(const ifkv_backend *backend, int64_t n_rider, int64_t n_group,
+                             int64_t *group_begin);
 
 /* What of a layer is to be done. */
 enum {
@@ -62,6 +64,19 @@ enum {
 /* Run one layer over the rows of the pass, in place on hidden.  Collective through the exchange;
  * asynchronous. */
 ifkv_status ifkv_layer_run(ifkv_pass *pass, int layer, ifkv_exchange *exchange, unsigned what);
+
+/* Rows of a pass, in order behind those of the part before, and what becomes of them in a layer. */
+typedef struct ifkv_layer_part {
+    ifkv_exchange *exchange; /* borrowed */
+    int64_t n_row;
+    unsigned what;
+    int64_t bytes; /* received so far by its exchange, added to */
+} ifkv_layer_part;
+
+/* The same over a pass of several parts, each with its exchange: riders behind the rows that carry
+ * them (algorithm 1.4, 1.8).  All parts store before any attends, in the order of the list.  Linear
+ * work goes over neighbouring parts that want the same together, in the pass's row blocks. */
+ifkv_status ifkv_layer_run_parts(ifkv_pass *pass, int layer, ifkv_layer_part *part, int n_part);
 
 /* logits [1, n_vocab] float32 of one row of hidden: final norm and LM head.  Uses the pass's norm
  * scratch.  Local. */

@@ -97,9 +97,15 @@ static ifkv_status draw_all(const loader *l, uint64_t seed) {
         int layer;
         ifkv_weights_at(l->plan, i, &kind, &layer);
         const int64_t n = l->plan->weight[kind].n_row * l->plan->weight[kind].n_col;
+        const ifkv_draw stream = ifkv_weights_stream(l->plan, seed, kind, layer);
+        if (l->backend->ops->draw) {
+            IFKV_TRY(l->backend->ops->draw(l->backend, &stream, n,
+                                           l->base + ifkv_weights_offset(l->plan, kind, layer)));
+            continue;
+        }
         for (int64_t first = 0; first < n; first += BLOCK_ELEMENTS) {
             const int64_t m = n - first < BLOCK_ELEMENTS ? n - first : BLOCK_ELEMENTS;
-            ifkv_weights_draw(l->plan, seed, kind, layer, first, m, l->source);
+            ifkv_weights_draw(&stream, first, m, l->source);
             ifkv_convert(IFKV_DTYPE_F32, l->source, l->plan->dtype, l->result, m);
             IFKV_TRY(upload_block(l, kind, layer, first, l->result, m));
         }

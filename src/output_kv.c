@@ -36,8 +36,11 @@ static ifkv_status write_rows(ifkv_h5 *file, const ifkv_kv_rows *rows) {
     IFKV_TRY(ifkv_h5_dataset_write(file, "/positions", IFKV_H5_I64, 1, &n, rows->position));
     IFKV_TRY(ifkv_h5_dataset_write(file, "/token_ids", IFKV_H5_I32, 1, &n, rows->token));
     IFKV_TRY(ifkv_h5_dataset_write(file, "/recomputed", IFKV_H5_BOOL, 1, &n, rows->recomputed));
-    return ifkv_h5_dataset_write(file, "/chunk_offsets", IFKV_H5_I64, 1, &n_offset,
-                                 rows->chunk_offsets);
+    IFKV_TRY(ifkv_h5_dataset_write(file, "/chunk_offsets", IFKV_H5_I64, 1, &n_offset,
+                                   rows->chunk_offsets));
+    if (!rows->chunk_order) return IFKV_OK;
+    return ifkv_h5_dataset_write(file, "/chunk_order", IFKV_H5_I64, 1, &rows->n_chunk,
+                                 rows->chunk_order);
 }
 
 static ifkv_status write_layers(ifkv_h5 *file, const ifkv_output_kv_options *options) {

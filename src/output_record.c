@@ -29,6 +29,15 @@ static json_t *ids_to_json(const int32_t *id, int64_t n) {
     return list;
 }
 
+/* The chunk in each place, where they changed places: `selected` counts along the new sequence. */
+static json_t *order_to_json(const ifkv_result *result) {
+    if (!result->chunk_order) return json_null();
+    json_t *list = json_array();
+    for (int64_t i = 0; i < result->n_chunk; i++)
+        json_array_append_new(list, json_integer(result->chunk_order[i]));
+    return list;
+}
+
 static json_t *ms_to_json(const ifkv_result *result) {
     json_t *ms = json_object();
     for (int i = 0; i < IFKV_N_STAGE; i++) {
@@ -37,6 +46,14 @@ static json_t *ms_to_json(const ifkv_result *result) {
         json_object_set_new(ms, ifkv_stage_name((ifkv_stage)i), json_real(result->ms[i]));
     }
     return ms;
+}
+
+static json_t *rode_to_json(const ifkv_result *result) {
+    json_t *rode = json_array();
+    for (int i = 0; i < IFKV_N_STAGE; i++)
+        if (result->rode[i])
+            json_array_append_new(rode, json_string(ifkv_stage_name((ifkv_stage)i)));
+    return rode;
 }
 
 static json_t *bytes_to_json(const ifkv_result *result) {
@@ -58,6 +75,12 @@ static json_t *store_to_json(const ifkv_result *result) {
                      (json_int_t)result->store_tokens_hit, "hit_fraction", hit_fraction(result));
 }
 
+static json_t *auto_to_json(const ifkv_result *result) {
+    if (!result->auto_exact || !*result->auto_exact) return json_null();
+    return json_pack("{s:s, s:f, s:f}", "exact", result->auto_exact, "exact_ms",
+                     result->auto_exact_ms, "infoflow_ms", result->auto_infoflow_ms);
+}
+
 static void digest_to_hex(uint64_t digest, char hex[17]) {
     snprintf(hex, 17, "%016llx", (unsigned long long)digest);
 }
@@ -67,8 +90,8 @@ ifkv_status ifkv_output_result_line(const ifkv_request_item *item, const ifkv_re
     char hex[17];
     digest_to_hex(result->selected_digest, hex);
     json_t *root = json_pack(
-        "{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:[], "
-        "s:o, s:{s:I, s:I, s:I}, s:o}",
+        "{s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:o, "
+        "s:o, s:{s:I, s:I, s:I}, s:o, s:o, s:o}",
         "id", item->id, "answers", json_or_null(item->answers_json), "meta",
         json_or_null(item->meta_json), "answer_ids", ids_to_json(result->answer, result->n_answer),
         "finish", text_or_null(result->finish), "method", text_or_null(result->method), "exchange",
@@ -76,10 +99,10 @@ ifkv_status ifkv_output_result_line(const ifkv_request_item *item, const ifkv_re
         text_or_null(result->comm), "size", result->n_rank, "n_context",
         (json_int_t)result->n_context, "n_chunk", (json_int_t)result->n_chunk, "n_prompt",
         (json_int_t)result->n_prompt, "n_selected", (json_int_t)result->n_selected,
-        "selected_digest", hex, "ms", ms_to_json(result), "rode", "bytes", bytes_to_json(result),
-        "memory", "weights", (json_int_t)result->memory_weights, "planned",
+        "selected_digest", hex, "ms", ms_to_json(result), "rode", rode_to_json(result), "bytes",
+        bytes_to_json(result), "memory", "weights", (json_int_t)result->memory_weights, "planned",
         (json_int_t)result->memory_planned, "peak", (json_int_t)result->memory_peak, "store",
-        store_to_json(result));
+        store_to_json(result), "chunk_order", order_to_json(result), "auto", auto_to_json(result));
     char *text = root ? json_dumps(root, JSON_COMPACT | JSON_REAL_PRECISION(MS_DIGITS)) : NULL;
     json_decref(root);
     char *line = text ? realloc(text, strlen(text) + 2) : NULL;
@@ -120,20 +143,27 @@ static ifkv_status write_header(ifkv_h5 *file, const ifkv_output_options *option
 }
 
 static ifkv_status write_texts(ifkv_h5 *file, const ifkv_result *r) {
-    char hex[17];
+    char hex[17], rode[16 * IFKV_N_STAGE] = "";
     digest_to_hex(r->selected_digest, hex);
+    for (int i = 0; i < IFKV_N_STAGE; i++)
+        if (r->rode[i])
+            snprintf(rode + strlen(rode), sizeof rode - strlen(rode), "%s%s", *rode ? "," : "",
+                     ifkv_stage_name((ifkv_stage)i));
     const struct {
         const char *name, *text;
     } field[] = {
         {"method", r->method},
         {"exchange", r->exchange},
         {"backend", r->backend},
+        {"device", r->device},
         {"comm", r->comm},
         {"finish", r->finish},
         {"selected_digest", hex},
         {"score_layers", r->score_layers},
         {"geometry", r->geometry},
         {"hp", r->hp},
+        {"rode", rode},
+        {"scoring", r->scoring},
     };
     for (size_t i = 0; i < sizeof field / sizeof *field; i++)
         if (field[i].text) IFKV_TRY(ifkv_h5_text_write(file, field[i].name, field[i].text));
@@ -175,10 +205,20 @@ static ifkv_status write_store(ifkv_h5 *file, const ifkv_result *r) {
     return ifkv_h5_f64_write(file, "store_hit_fraction", hit_fraction(r));
 }
 
+static ifkv_status write_auto(ifkv_h5 *file, const ifkv_result *r) {
+    if (!r->auto_exact || !*r->auto_exact) return IFKV_OK;
+    IFKV_TRY(ifkv_h5_text_write(file, "auto_exact", r->auto_exact));
+    IFKV_TRY(ifkv_h5_f64_write(file, "auto_exact_ms", r->auto_exact_ms));
+    return ifkv_h5_f64_write(file, "auto_infoflow_ms", r->auto_infoflow_ms);
+}
+
 static ifkv_status write_arrays(ifkv_h5 *file, const ifkv_output_options *options,
                                 const ifkv_result *r) {
     IFKV_TRY(ifkv_h5_dataset_write(file, "/selected", IFKV_H5_I64, 1, &r->n_selected, r->selected));
     IFKV_TRY(ifkv_h5_dataset_write(file, "/answer_ids", IFKV_H5_I32, 1, &r->n_answer, r->answer));
+    if (r->chunk_order)
+        IFKV_TRY(ifkv_h5_dataset_write(file, "/chunk_order", IFKV_H5_I64, 1, &r->n_chunk,
+                                       r->chunk_order));
     if (options->save_scores && r->scores)
         IFKV_TRY(ifkv_h5_dataset_write(file, "/scores", IFKV_H5_F32, 1, &r->n_context, r->scores));
     if (options->save_logits && r->first_logits)
@@ -199,6 +239,7 @@ static ifkv_status fill(void *arg, ifkv_h5 *file) {
     IFKV_TRY(write_texts(file, of->result));
     IFKV_TRY(write_numbers(file, of->result));
     IFKV_TRY(write_store(file, of->result));
+    IFKV_TRY(write_auto(file, of->result));
     return write_arrays(file, of->options, of->result);
 }
 

@@ -165,6 +165,57 @@ void ifkv_placement_fini(ifkv_placement *placement) {
     memset(placement, 0, sizeof *placement);
 }
 
+ifkv_status ifkv_placement_split_prefix(ifkv_placement *placement) {
+    const size_t n = (size_t)placement->n_chunk + 1;
+    if (placement->n_prefix == 0) return IFKV_OK;
+    int64_t *offset = malloc((n + 1) * sizeof *offset);
+    int *rank = malloc(n * sizeof *rank);
+    if (!offset || !rank) {
+        free(offset);
+        free(rank);
+        return IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "placement: out of host memory");
+    }
+    memcpy(offset + 1, placement->offset, n * sizeof *offset);
+    memcpy(rank + 1, placement->rank, (n - 1) * sizeof *rank);
+    offset[0] = 0;
+    offset[1] = placement->n_prefix;
+    rank[0] = rank[1];
+    free(placement->offset);
+    free(placement->rank);
+    placement->offset = offset;
+    placement->rank = rank;
+    placement->n_chunk++;
+    placement->has_prefix_chunk = true;
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_placement_reorder(ifkv_placement *placement, const int64_t *order) {
+    const int64_t first = ifkv_placement_first_document(placement), n = placement->n_chunk - first;
+    int64_t *offset = malloc(((size_t)n + 1) * sizeof *offset);
+    int *rank = malloc((size_t)n * sizeof *rank);
+    ifkv_status status = IFKV_OK;
+    if (!offset || !rank) {
+        status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "placement: out of host memory");
+        goto out;
+    }
+    offset[0] = placement->offset[first];
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t from = first + order[i];
+        offset[i + 1] = offset[i] + placement->offset[from + 1] - placement->offset[from];
+        rank[i] = placement->rank[from];
+    }
+    memcpy(placement->offset + first, offset, ((size_t)n + 1) * sizeof *offset);
+    memcpy(placement->rank + first, rank, (size_t)n * sizeof *rank);
+out:
+    free(offset);
+    free(rank);
+    return status;
+}
+
+int64_t ifkv_placement_first_document(const ifkv_placement *placement) {
+    return placement->has_prefix_chunk ? 1 : 0;
+}
+
 int64_t ifkv_placement_dropped(const ifkv_placement *placement, int64_t chunk) {
     return chunk == 0 ? 0 : placement->n_prefix;
 }

@@ -25,10 +25,11 @@ typedef enum ifkv_placement_kind {
 } ifkv_placement_kind;
 
 typedef struct ifkv_placement {
-    int size;          /* ranks */
-    int64_t n_prefix;  /* p */
-    int64_t n_chunk;   /* n */
-    int64_t n_context; /* T, prefix included */
+    int size;              /* ranks */
+    int64_t n_prefix;      /* p */
+    int64_t n_chunk;       /* n, one more with a prefix chunk */
+    bool has_prefix_chunk; /* chunk 0 is the prefix alone, document i chunk i + 1 */
+    int64_t n_context;     /* T, prefix included */
     int64_t *offset; /* [n_chunk + 1] o_i: chunk i keeps indices [offset[i], offset[i+1]); owned */
     int *rank;       /* [n_chunk] owned */
     int n_tail_rank; /* ranks that share prompt and generated rows: size, or 1 under FIRST */
@@ -51,9 +52,17 @@ ifkv_status ifkv_placement_init(ifkv_placement *placement, ifkv_placement_kind k
 ifkv_status ifkv_placement_init_slices(ifkv_placement *placement, ifkv_placement_kind kind,
                                        int size, int64_t n_context);
 void ifkv_placement_fini(ifkv_placement *placement);
+/* Make the prefix, if there is one, a chunk of its own, on the rank that had it: so documents can
+ * change places and every rank still keeps as many rows.  Errors: RESOURCE. */
+ifkv_status ifkv_placement_split_prefix(ifkv_placement *placement);
+/* Put document order[i] in place i; each stays on its rank.  order [documents] is a permutation; a
+ * prefix has been split off.  Errors: RESOURCE. */
+ifkv_status ifkv_placement_reorder(ifkv_placement *placement, const int64_t *order);
+/* Chunk number of document 0: 1 behind a prefix chunk. */
+int64_t ifkv_placement_first_document(const ifkv_placement *placement);
 
 /* Rows of chunk i that are encoded and dropped: its copy of the prefix, except in chunk 0, which
- * keeps it. */
+ * keeps it or is it. */
 int64_t ifkv_placement_dropped(const ifkv_placement *placement, int64_t chunk);
 /* Context rows a rank keeps, and rows it encodes. */
 int64_t ifkv_placement_kept_rows(const ifkv_placement *placement, int rank);
@@ -76,7 +85,7 @@ int64_t ifkv_placement_tail_rows(const ifkv_placement *placement, int rank, int6
  * rank) back and forth, the rest row by row, so that counts differ by at most one and every rank
  * spans the whole sequence. */
 int ifkv_deal_home(int64_t i, int64_t k, int size);
-/* Rows a rank gets of k. */
+/* Rows a rank gets of k; of fewer rows never more. */
 int64_t ifkv_deal_count(int64_t k, int size, int rank);
 
 /* Cut n rows into blocks of at most max_rows, as even as possible: a function of n alone.  Returns

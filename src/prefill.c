@@ -93,24 +93,49 @@ static ifkv_status begin_slices(ifkv_session *session) {
     return session->exchange->ops->begin(session->exchange, &rows);
 }
 
+/* What a rider received counts for its own stage, and not for the one that carries it. */
+static void count_rider(ifkv_session *session, ifkv_stage carrier, ifkv_stage rider,
+                        int64_t bytes) {
+    session->bytes[carrier] -= bytes;
+    session->bytes[rider] += bytes;
+}
+
 ifkv_status ifkv_prefill_encode(ifkv_session *session) {
-    if (session->reuse.is_on) return ifkv_reuse_encode(session);
+    if (session->reuse.is_on) {
+        IFKV_TRY(ifkv_reuse_encode(session));
+        if (!session->reorder.is_on) IFKV_TRY(ifkv_reuse_place(session));
+        return session->engine->backend->ops->sync(session->engine->backend);
+    }
     ifkv_backend *backend = session->engine->backend;
+    ifkv_selector *rider = session->rides[IFKV_STAGE_SCORE] ? session->selector : NULL;
     const int n_layer = session->engine->model.config.n_layer;
-    ifkv_exchange *exchange = session->is_exact ? session->exchange : &session->chunk_exchange;
+    int64_t rider_bytes = 0;
+    ifkv_layer_part part[2] = {{session->is_exact ? session->exchange : &session->chunk_exchange,
+                                session->n_encoded, 0, 0}};
     IFKV_TRY(session->is_exact ? begin_slices(session) : begin_chunks(session));
-    IFKV_TRY(ifkv_pass_begin(&session->encode, backend, session->n_encoded, session->encode_token,
-                             session->encode_position, session->n_chunk, session->encode_begin));
+    IFKV_TRY(ifkv_pass_begin(&session->encode, backend,
+                             session->n_encoded + session->n_encode_rider, session->encode_token,
+                             session->encode_position, session->n_encode_group,
+                             session->encode_begin));
+    if (rider) IFKV_TRY(rider->ops->ride_begin(rider, &session->encode, session->n_encoded));
     for (int layer = 0; layer < n_layer; layer++) {
         /* nothing reads the context's last hidden state */
-        const unsigned what = layer + 1 < n_layer ? IFKV_LAYER_ALL : IFKV_LAYER_KV;
-        IFKV_TRY(ifkv_layer_run(&session->encode, layer, exchange, what));
+        part[0].what = layer + 1 < n_layer ? IFKV_LAYER_ALL : IFKV_LAYER_KV;
+        if (rider) part[1] = rider->ops->ride_part(rider, layer);
+        IFKV_TRY(ifkv_layer_run_parts(&session->encode, layer, part, rider ? 2 : 1));
+        if (rider) rider->ops->ride_layer(rider, layer);
+        rider_bytes += part[1].bytes;
         report(session, IFKV_STAGE_ENCODE, layer + 1, n_layer);
     }
+    rider_bytes -= ifkv_comm_received(session->engine->comm);
+    if (rider) IFKV_TRY(rider->ops->score(rider, session->scores));
+    rider_bytes += ifkv_comm_received(session->engine->comm);
+    count_rider(session, IFKV_STAGE_ENCODE, IFKV_STAGE_SCORE, rider_bytes);
     return backend->ops->sync(backend);
 }
 
 ifkv_status ifkv_prefill_score(ifkv_session *session) {
+    if (session->reorder.is_on) IFKV_TRY(ifkv_reorder_run(session));
     if (!session->scores) return IFKV_OK;
     ifkv_selector *selector = session->selector;
     IFKV_TRY(selector->ops->score(selector, session->scores));
@@ -137,61 +162,64 @@ ifkv_status ifkv_prefill_select(ifkv_session *session) {
     return ifkv_comm_same(comm, ifkv_digest_bytes(agreed, sizeof agreed), "selection");
 }
 
-/* Route a pass of n rows whose pass_index is filled, and start it with this rank's share of them.
- */
-static ifkv_status begin_rows(ifkv_session *session, int64_t n, ifkv_exchange *exchange,
-                              ifkv_pass *pass) {
-    const int rank = session->engine->comm->rank;
-    const ifkv_exchange_rows rows = {
-        .n_row = n,
-        .index = session->pass_index,
-        .home = session->pass_home,
-        .owner = session->pass_owner,
-    };
-    int64_t n_home = 0;
-    for (int64_t i = 0; i < n; i++) {
-        if (session->pass_home[i] != rank) continue;
-        session->home_token[n_home] = session->token[session->pass_index[i]];
-        session->home_position[n_home++] = session->pass_index[i];
-    }
-    IFKV_TRY(exchange->ops->begin(exchange, &rows));
-    return ifkv_pass_begin(pass, session->engine->backend, n_home, session->home_token,
-                           session->home_position, 1, (int64_t[]){0, n_home});
-}
-
-ifkv_status ifkv_prefill_recompute(ifkv_session *session) {
+/* Rows [0, k) of a pass over all ranks: S. */
+static void list_selected(ifkv_session *session) {
+    const bool is_home_owner = session->exchange->ops->is_home_owner;
     const int64_t k = session->n_selected;
-    const int n_layer = session->engine->model.config.n_layer, size = session->engine->comm->size;
-    ifkv_exchange *exchange = session->exchange;
-    if (k == 0) return IFKV_OK;
     for (int64_t i = 0; i < k; i++) {
         session->pass_index[i] = session->selected[i];
         session->pass_owner[i] = ifkv_placement_owner(&session->placement, session->selected[i]);
-        session->pass_home[i] =
-            exchange->ops->is_home_owner ? session->pass_owner[i] : ifkv_deal_home(i, k, size);
+        session->pass_home[i] = is_home_owner ? session->pass_owner[i]
+                                              : ifkv_deal_home(i, k, session->engine->comm->size);
     }
-    IFKV_TRY(begin_rows(session, k, exchange, &session->recompute));
-    for (int layer = 0; layer < n_layer; layer++) {
-        /* K/V of layer 0 depend on token and position only and are right already; nothing reads the
-         * last hidden state */
-        unsigned what = IFKV_LAYER_ALL;
-        if (layer == 0) what &= ~(unsigned)IFKV_LAYER_KV;
-        if (layer + 1 == n_layer) what &= IFKV_LAYER_KV;
-        if (what) IFKV_TRY(ifkv_layer_run(&session->recompute, layer, exchange, what));
-        report(session, IFKV_STAGE_RECOMPUTE, layer + 1, n_layer);
-    }
-    return session->engine->backend->ops->sync(session->engine->backend);
 }
 
-/* Choose the next token from the logits of the row that rank 0 ran last; every rank learns it. */
-static ifkv_status choose_token(ifkv_session *session, int64_t row) {
+/* Rows [at, at + n) of a pass: rows [first, first + n) of the prompt and what follows it. */
+static ifkv_status list_tail(ifkv_session *session, int64_t at, int64_t first, int64_t n) {
+    const ifkv_placement *placement = &session->placement;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t index = session->n_context + first + i;
+        const int owner = ifkv_placement_owner(placement, index);
+        session->pass_index[at + i] = index;
+        session->pass_owner[at + i] = owner;
+        /* dealt from the last row, so that rank 0 always has the one that meets the LM head */
+        session->pass_home[at + i] = ifkv_deal_home(n - 1 - i, n, placement->n_tail_rank);
+        if (owner == session->engine->comm->rank)
+            IFKV_TRY(ifkv_kvcache_append(&session->cache, index));
+    }
+    return IFKV_OK;
+}
+
+/* Route rows [first, first + n) of a pass, and put this rank's share of them behind the n_before
+ * rows it has. */
+static ifkv_status begin_part(ifkv_session *session, ifkv_exchange *exchange, int64_t first,
+                              int64_t n, int64_t n_before, ifkv_layer_part *part) {
+    const ifkv_exchange_rows rows = {
+        .n_row = n,
+        .index = session->pass_index + first,
+        .home = session->pass_home + first,
+        .owner = session->pass_owner + first,
+    };
+    *part = (ifkv_layer_part){exchange, 0, IFKV_LAYER_ALL, 0};
+    for (int64_t i = 0; i < n; i++) {
+        if (rows.home[i] != session->engine->comm->rank) continue;
+        const int64_t row = n_before + part->n_row++;
+        session->home_token[row] = session->token[rows.index[i]];
+        session->home_position[row] = rows.index[i];
+    }
+    return exchange->ops->begin(exchange, &rows);
+}
+
+/* Choose the next token from the logits of the row of the pass that rank 0 ran last; every rank
+ * learns it. */
+static ifkv_status choose_token(ifkv_session *session, ifkv_pass *pass) {
     ifkv_engine *engine = session->engine;
     ifkv_backend *backend = engine->backend;
     const int64_t n_vocab = engine->model.config.n_vocab;
     int32_t token = -1;
     ifkv_status status = IFKV_OK;
     if (engine->comm->rank == 0) {
-        IFKV_TRY(ifkv_pass_logits(&session->prompt, backend, row, &session->logits_view));
+        IFKV_TRY(ifkv_pass_logits(pass, backend, pass->n_row - 1, &session->logits_view));
         IFKV_TRY(backend->ops->download(backend, session->logits, session->logits_view.data,
                                         (size_t)n_vocab * sizeof *session->logits));
         float best = -INFINITY;
@@ -212,31 +240,84 @@ static ifkv_status choose_token(ifkv_session *session, int64_t row) {
     return IFKV_OK;
 }
 
-/* Run rows [first, first + n) of the prompt and what follows it through all layers. */
-static ifkv_status run_tail(ifkv_session *session, int64_t first, int64_t n, ifkv_stage stage) {
-    const int n_layer = session->engine->model.config.n_layer, rank = session->engine->comm->rank;
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t index = session->n_context + first + i;
-        session->pass_index[i] = index;
-        session->pass_owner[i] = ifkv_placement_owner(&session->placement, index);
-        /* dealt from the last row, so that rank 0 always has the one that meets the LM head */
-        session->pass_home[i] = ifkv_deal_home(n - 1 - i, n, session->placement.n_tail_rank);
-        if (session->pass_owner[i] == rank) IFKV_TRY(ifkv_kvcache_append(&session->cache, index));
-    }
-    IFKV_TRY(begin_rows(session, n, session->prompt_exchange, &session->prompt));
-    for (int layer = 0; layer < n_layer; layer++) {
-        IFKV_TRY(ifkv_layer_run(&session->prompt, layer, session->prompt_exchange, IFKV_LAYER_ALL));
-        if (stage == IFKV_STAGE_PROMPT) report(session, stage, layer + 1, n_layer);
-    }
-    return choose_token(session, session->prompt.n_row - 1);
-}
-
-ifkv_status ifkv_prefill_prompt(ifkv_session *session) {
-    IFKV_TRY(run_tail(session, 0, session->n_prompt, IFKV_STAGE_PROMPT));
+static ifkv_status choose_first_token(ifkv_session *session, ifkv_pass *pass) {
+    IFKV_TRY(choose_token(session, pass));
     if (session->engine->comm->rank == 0)
         memcpy(session->first_logits, session->logits,
                (size_t)session->engine->model.config.n_vocab * sizeof *session->logits);
     return IFKV_OK;
+}
+
+/* Project and store the rows of a part, let the others follow, and leave the rest of the layer. */
+static ifkv_status store_and_refit(ifkv_session *session, int layer, ifkv_layer_part *part) {
+    const unsigned project = IFKV_LAYER_Q | IFKV_LAYER_KV, rest = part->what & ~project;
+    part->what &= project;
+    IFKV_TRY(ifkv_refit_before(&session->refit, session->exchange, layer));
+    IFKV_TRY(ifkv_layer_run_parts(&session->recompute, layer, part, 1));
+    IFKV_TRY(ifkv_refit_after(&session->refit, session->exchange, layer));
+    part->what = rest;
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_prefill_recompute(ifkv_session *session) {
+    ifkv_backend *backend = session->engine->backend;
+    const int64_t k = session->n_selected;
+    const int n_layer = session->engine->model.config.n_layer;
+    const bool has_rider = session->rides[IFKV_STAGE_PROMPT];
+    ifkv_layer_part part[2];
+    int64_t begin[3] = {0}, n_group = 1;
+    if (k == 0) return IFKV_OK;
+    list_selected(session);
+    IFKV_TRY(begin_part(session, session->exchange, 0, k, 0, &part[0]));
+    begin[1] = part[0].n_row;
+    if (has_rider) {
+        IFKV_TRY(list_tail(session, k, 0, session->n_prompt));
+        IFKV_TRY(begin_part(session, session->prompt_exchange, k, session->n_prompt, begin[1],
+                            &part[1]));
+        n_group = ifkv_pass_add_riders(backend, part[1].n_row, n_group, begin);
+    }
+    IFKV_TRY(ifkv_pass_begin(&session->recompute, backend, begin[n_group], session->home_token,
+                             session->home_position, n_group, begin));
+    if (session->refit.is_on)
+        IFKV_TRY(ifkv_refit_begin(&session->refit, session->exchange, session->engine->frequency,
+                                  session->selected));
+    for (int layer = 0; layer < n_layer; layer++) {
+        /* K/V of layer 0 depend on token and position only and are right already; nothing reads the
+         * last hidden state */
+        part[0].what = IFKV_LAYER_ALL;
+        if (layer == 0) part[0].what &= ~(unsigned)IFKV_LAYER_KV;
+        if (layer + 1 == n_layer) part[0].what &= IFKV_LAYER_KV;
+        if (session->refit.is_on && layer > 0) IFKV_TRY(store_and_refit(session, layer, &part[0]));
+        IFKV_TRY(ifkv_layer_run_parts(&session->recompute, layer, part, has_rider ? 2 : 1));
+        report(session, IFKV_STAGE_RECOMPUTE, layer + 1, n_layer);
+    }
+    if (!has_rider) return backend->ops->sync(backend);
+    int64_t rider_bytes = part[1].bytes - ifkv_comm_received(session->engine->comm);
+    IFKV_TRY(choose_first_token(session, &session->recompute));
+    rider_bytes += ifkv_comm_received(session->engine->comm);
+    count_rider(session, IFKV_STAGE_RECOMPUTE, IFKV_STAGE_PROMPT, rider_bytes);
+    return IFKV_OK;
+}
+
+/* Run rows [first, first + n) of the prompt and what follows it through all layers. */
+static ifkv_status run_tail(ifkv_session *session, int64_t first, int64_t n, ifkv_stage stage) {
+    const int n_layer = session->engine->model.config.n_layer;
+    ifkv_layer_part part;
+    IFKV_TRY(list_tail(session, 0, first, n));
+    IFKV_TRY(begin_part(session, session->prompt_exchange, 0, n, 0, &part));
+    IFKV_TRY(ifkv_pass_begin(&session->prompt, session->engine->backend, part.n_row,
+                             session->home_token, session->home_position, 1,
+                             (int64_t[]){0, part.n_row}));
+    for (int layer = 0; layer < n_layer; layer++) {
+        IFKV_TRY(ifkv_layer_run_parts(&session->prompt, layer, &part, 1));
+        if (stage == IFKV_STAGE_PROMPT) report(session, stage, layer + 1, n_layer);
+    }
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_prefill_prompt(ifkv_session *session) {
+    IFKV_TRY(run_tail(session, 0, session->n_prompt, IFKV_STAGE_PROMPT));
+    return choose_first_token(session, &session->prompt);
 }
 
 static bool is_end(const ifkv_config *config, int32_t token) {
@@ -258,6 +339,7 @@ ifkv_status ifkv_prefill_decode(ifkv_session *session) {
         const int64_t at = session->n_prompt + session->n_answer - 1;
         session->token[session->n_context + at] = session->next_token;
         IFKV_TRY(run_tail(session, at, 1, IFKV_STAGE_DECODE));
+        IFKV_TRY(choose_token(session, &session->prompt));
     }
     return IFKV_OK;
 }

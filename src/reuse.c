@@ -27,7 +27,8 @@ static void list_units(ifkv_session *session) {
         if (placement->rank[i] != session->engine->comm->rank) continue;
         const int64_t index = i ? placement->offset[i] : n_prefix;
         if (i == 0 && n_prefix > 0) add_unit(&session->reuse, 0, 0, n_prefix);
-        add_unit(&session->reuse, index, n_prefix, placement->offset[i + 1] - index);
+        if (placement->offset[i + 1] > index) /* not so in a prefix chunk */
+            add_unit(&session->reuse, index, n_prefix, placement->offset[i + 1] - index);
     }
 }
 
@@ -48,8 +49,8 @@ ifkv_status ifkv_reuse_plan(ifkv_session *session) {
     session->encode_stage = malloc(3 * n * sizeof *session->encode_stage + 1);
     IFKV_REQUIRE(session->encode_token && session->encode_position && session->encode_stage,
                  IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session: out of host memory");
-    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->frequency,
-                          session->n_encoded, reuse->n_unit);
+    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->backend,
+                          session->engine->frequency, session->n_encoded, reuse->n_unit);
 }
 
 void ifkv_reuse_layout(ifkv_session *session, ifkv_arena *arena) {
@@ -143,6 +144,23 @@ static bool download_layer(void *arg, int layer, void *k, void *v) {
     if (copy->status == IFKV_OK)
         copy->status = backend->ops->download(backend, v, v_rows.data, layer_bytes(copy));
     return copy->status == IFKV_OK;
+}
+
+ifkv_status ifkv_reuse_probe(ifkv_session *session, bool *is_loaded) {
+    const ifkv_reuse *reuse = &session->reuse;
+    const ifkv_placement *placement = &session->placement;
+    memset(is_loaded, 0, (size_t)placement->n_chunk * sizeof *is_loaded);
+    if (!reuse->has_store || !reuse->store.has) return IFKV_OK;
+    describe(session);
+    for (int64_t i = 0; i < reuse->n_unit; i++) {
+        const ifkv_reuse_unit *unit = &reuse->unit[i];
+        ifkv_store_entry entry;
+        if (unit->index < placement->n_prefix) continue; /* the prefix, a few rows */
+        IFKV_TRY(make_entry(session, unit, &entry));
+        is_loaded[ifkv_placement_chunk_of(placement, unit->index)] =
+            reuse->store.has(reuse->store.arg, &entry);
+    }
+    return IFKV_OK;
 }
 
 static ifkv_status load_units(ifkv_session *session) {
@@ -272,8 +290,16 @@ static ifkv_status encode_misses(ifkv_session *session) {
     return IFKV_OK;
 }
 
-/* Every row of the shard to its place in the sequence, then what other ranks will see of it. */
-static ifkv_status rotate_shard(ifkv_session *session) {
+ifkv_status ifkv_reuse_encode(ifkv_session *session) {
+    const bool has_store = session->reuse.has_store;
+    if (has_store) describe(session);
+    if (has_store) IFKV_TRY(load_units(session));
+    IFKV_TRY(encode_misses(session));
+    if (has_store) IFKV_TRY(save_misses(session)); /* before anything rewrites a row */
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_reuse_place(ifkv_session *session) {
     ifkv_backend *backend = session->engine->backend;
     const ifkv_config *config = &session->engine->model.config;
     const ifkv_view *angles = &session->reuse.shard_angles;
@@ -290,13 +316,4 @@ static ifkv_status rotate_shard(ifkv_session *session) {
         IFKV_TRY(session->exchange->ops->share(session->exchange, layer));
     }
     return IFKV_OK;
-}
-
-ifkv_status ifkv_reuse_encode(ifkv_session *session) {
-    describe(session);
-    IFKV_TRY(load_units(session));
-    IFKV_TRY(encode_misses(session));
-    IFKV_TRY(save_misses(session)); /* before anything rewrites a row */
-    IFKV_TRY(rotate_shard(session));
-    return session->engine->backend->ops->sync(session->engine->backend);
 }

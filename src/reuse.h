@@ -1,12 +1,13 @@
 /* Encode with a chunk store: this rank's chunks as entries, loaded where they are there, encoded
- * and kept where they are not (algorithm 1.3).
+ * and kept where they are not (algorithm 1.3).  Without a store, where chunks are about to change
+ * places: everything is encoded, nothing kept.
  *
  * An entry is encoded at positions from 0 as a group of its own, and lies in the shard unrotated
  * until all are there; then every row is rotated to its place, loaded or not.  So no bit depends on
  * what was found.  The prefix rows of the sequence are an entry too: in chunk 0 they are encoded
  * and dropped as everywhere else, so that a document is the same entry at the front.  What was
- * loaded of an entry that turns out damaged is written over by its encoding.  Everything is Local:
- * ranks need not find the same. */
+ * loaded of an entry that turns out damaged is written over by its encoding.  Ranks need not find
+ * the same. */
 #ifndef IFKV_SRC_REUSE_H
 #define IFKV_SRC_REUSE_H
 
@@ -26,6 +27,7 @@ typedef struct ifkv_reuse_unit {
 
 typedef struct ifkv_reuse {
     bool is_on;
+    bool has_store;
     ifkv_store store;      /* the caller's table */
     ifkv_reuse_unit *unit; /* [n_unit] of this rank, in ascending index; owned */
     int64_t n_unit;
@@ -40,9 +42,15 @@ typedef struct ifkv_reuse {
 ifkv_status ifkv_reuse_plan(ifkv_session *session);
 /* Take what encode needs besides its pass. */
 void ifkv_reuse_layout(ifkv_session *session, ifkv_arena *arena);
-/* The stage: K and V of every context row of this rank into the shard.  Errors: the back end's,
- * RESOURCE; never the store's. */
+/* Which chunks [chunks of the placement] a store says it holds, of this rank's; others false.
+ * Local. */
+ifkv_status ifkv_reuse_probe(ifkv_session *session, bool *is_loaded);
+/* K and V of every context row of this rank into the shard, K unrotated.  Errors: the back end's,
+ * RESOURCE; never the store's.  Local. */
 ifkv_status ifkv_reuse_encode(ifkv_session *session);
+/* Every row of the shard to its place in the sequence, then what other ranks will see of it.
+ * Collective. */
+ifkv_status ifkv_reuse_place(ifkv_session *session);
 void ifkv_reuse_fini(ifkv_reuse *reuse);
 
 #endif

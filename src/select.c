@@ -38,8 +38,12 @@ void ifkv_selector_destroy(ifkv_selector *selector) {
     free(selector);
 }
 
+int64_t ifkv_select_first_eligible(const ifkv_select_input *input) {
+    return input->excludes_none ? 0 : ifkv_select_first(input->placement);
+}
+
 int64_t ifkv_select_first(const ifkv_placement *placement) {
-    return placement->offset[1];
+    return placement->offset[ifkv_placement_first_document(placement) + 1];
 }
 
 ifkv_status ifkv_ratio_parse(const char *text, int64_t *num_p, int64_t *den_p) {
@@ -84,7 +88,7 @@ int64_t ifkv_select_by_ratio(int64_t num, int64_t den, int64_t n_context, int64_
 int64_t ifkv_select_ratio_budget(const ifkv_select_input *input, int64_t num, int64_t den) {
     const ifkv_placement *placement = input->placement;
     return ifkv_select_by_ratio(num, den, placement->n_context,
-                                placement->n_context - ifkv_select_first(placement));
+                                placement->n_context - ifkv_select_first_eligible(input));
 }
 
 static ifkv_status layers_from_list(const char *text, int n_layer, ifkv_select_input *input) {
@@ -109,6 +113,7 @@ static ifkv_status layers_from_list(const char *text, int n_layer, ifkv_select_i
 
 ifkv_status ifkv_score_layers_parse(const char *text, int n_layer, ifkv_select_input *input) {
     int first, last, step = 1;
+    if (!text) text = "wide";
     if (!strcmp(text, "published")) {
         first = n_layer >= 26 ? 22 : 11 * n_layer / 20;
         last = first + 3 < n_layer ? first + 3 : n_layer - 1;

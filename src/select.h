@@ -32,11 +32,16 @@ typedef struct ifkv_select_input {
     int64_t epic_k;         /* of `epic`: rows at the head of each chunk */
     int check_layer;        /* of `cacheblend`: 1, or 0 where nothing can deviate */
     ifkv_geometry geometry; /* positions while scoring */
+    bool is_unrotated;      /* K of the cache are still before RoPE */
+    bool excludes_none;     /* chunk 0 is eligible like any other */
+    bool is_local;          /* question rows see this rank's shard and themselves only */
+    bool has_sink;          /* and where is_local, on a rank without chunk 0, the prefix */
     ifkv_score_form form;
     int n_score_layer;
     int score_layer[IFKV_MAX_SCORE_LAYER]; /* ascending */
     ifkv_progress_fn progress;             /* may be NULL */
     void *progress_arg;
+    bool is_riding; /* the scoring rows ride through encode: the selector has no pass of its own */
 } ifkv_select_input;
 
 typedef struct ifkv_select_ops {
@@ -50,8 +55,17 @@ typedef struct ifkv_select_ops {
     void (*fini)(ifkv_selector *selector);
     void (*layout)(ifkv_selector *selector,
                    ifkv_arena *arena); /* Local; runs twice (see arena.h) */
-    /* Fill score [n_context], in index order, on every rank; finite and >= 0.  Collective. */
+    /* Fill score [n_context], in index order, on every rank; finite and >= 0.  Collective.  For
+     * rows that rode, after the last layer of encode, before anything else uses its memory. */
     ifkv_status (*score)(ifkv_selector *selector, float *score);
+    /* Ride through encode (algorithm 1.4): the scoring rows are rows [first, first + n_question) of
+     * the pass, begun by the caller, at the positions of GLOBAL.  NULL, all three: no row of this
+     * selector can ride.  Before the first layer, Local; */
+    ifkv_status (*ride_begin)(ifkv_selector *selector, ifkv_pass *pass, int64_t first);
+    /*   what becomes of the rows in a layer, Local; */
+    ifkv_layer_part (*ride_part)(ifkv_selector *selector, int layer);
+    /*   when that layer has run, Local.  Errors are kept for `score`. */
+    void (*ride_layer)(ifkv_selector *selector, int layer);
     /* Write the budget's rows, ascending.  The same on every rank; Local. */
     ifkv_status (*choose)(ifkv_selector *selector, const float *score, int64_t *selected);
     const char *explain; /* one sentence for help texts */
@@ -69,8 +83,10 @@ ifkv_status ifkv_selector_create(const ifkv_select_ops *ops, const ifkv_select_i
                                  ifkv_selector **selector_p);
 void ifkv_selector_destroy(ifkv_selector *selector);
 
-/* First eligible index: the end of chunk 0. */
+/* First eligible index: the end of chunk 0, or of document 0 behind a prefix chunk. */
 int64_t ifkv_select_first(const ifkv_placement *placement);
+/* The same of an input, which may exclude nothing. */
+int64_t ifkv_select_first_eligible(const ifkv_select_input *input);
 
 /* Read an exact decimal in [0, 1] as num / den; den is a power of ten up to 10^15.  Errors: USAGE.
  */
@@ -80,8 +96,8 @@ int64_t ifkv_select_by_ratio(int64_t num, int64_t den, int64_t n_context, int64_
 /* The same of the input's placement: what most selectors' budget is. */
 int64_t ifkv_select_ratio_budget(const ifkv_select_input *input, int64_t num, int64_t den);
 
-/* Read "published", "wide" or an ascending comma list into input->score_layer (algorithm 1.4, 5.2).
- * Errors: USAGE. */
+/* Read "published", "wide" (NULL) or an ascending comma list into input->score_layer
+ * (algorithm 1.4, 5.2). Errors: USAGE. */
 ifkv_status ifkv_score_layers_parse(const char *text, int n_layer, ifkv_select_input *input);
 ifkv_status ifkv_score_form_parse(const char *text, ifkv_score_form *form_p);
 
@@ -126,7 +142,6 @@ extern const ifkv_select_ops ifkv_select_infoflow_ops, ifkv_select_none_ops, ifk
 
 /* Names of all methods as messages list them. */
 #define IFKV_METHOD_NAMES                                                                          \
-    "infoflow, none, all, random, epic, epic_budget, cacheblend, full, ring or "                   \
-    "allgather"
+    "infoflow, none, all, random, epic, epic_budget, cacheblend, full, ring, allgather or auto"
 
 #endif

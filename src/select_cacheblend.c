@@ -184,8 +184,8 @@ static ifkv_status cacheblend_init(ifkv_selector *selector) {
     self->exchange.base.ops = &check_ops;
     IFKV_TRY(check_init(&self->exchange, input));
     IFKV_TRY(ifkv_scores_init(&self->scores, input));
-    return ifkv_pass_init(&self->pass, input->model, input->frequency, self->exchange.n_row,
-                          self->exchange.n_chunk);
+    return ifkv_pass_init(&self->pass, input->model, input->backend, input->frequency,
+                          self->exchange.n_row, self->exchange.n_chunk);
 }
 
 static void cacheblend_fini(ifkv_selector *selector) {

@@ -82,7 +82,7 @@ ifkv_status ifkv_scores_gather(ifkv_scores *scores, const ifkv_select_input *inp
 ifkv_status ifkv_scores_best(ifkv_scores *scores, const ifkv_select_input *input,
                              const float *score, int64_t *selected) {
     ifkv_backend *backend = input->backend;
-    const int64_t first = ifkv_select_first(input->placement), k = input->budget;
+    const int64_t first = ifkv_select_first_eligible(input), k = input->budget;
     const int64_t n = input->placement->n_context - first;
     IFKV_TRY(
         backend->ops->upload(backend, scores->value, score + first, (size_t)n * sizeof *score));

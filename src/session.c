@@ -1,6 +1,7 @@
 /* Plan a session: validation, host arrays, arena layout.  See session.h. */
 #include "session.h"
 
+#include "cost.h"
 #include "digest.h"
 
 #include <math.h>
@@ -130,8 +131,20 @@ static ifkv_status place(ifkv_session *session) {
     }
     ifkv_placement_kind kind = IFKV_PLACE_AUTO;
     IFKV_TRY(find_placement(session->options.placement, &kind));
-    return ifkv_placement_init(&session->placement, kind, size, request->n_prefix, session->n_given,
-                               session->given_offsets, cost);
+    IFKV_TRY(ifkv_placement_init(&session->placement, kind, size, request->n_prefix,
+                                 session->n_given, session->given_offsets, cost));
+    return session->reorder.is_on ? ifkv_placement_split_prefix(&session->placement) : IFKV_OK;
+}
+
+void ifkv_session_list_rows(ifkv_session *session) {
+    const ifkv_placement *placement = &session->placement;
+    const int rank = session->engine->comm->rank;
+    int64_t n = 0;
+    for (int64_t i = 0; i < placement->n_chunk; i++)
+        for (int64_t index = placement->offset[i];
+             placement->rank[i] == rank && index < placement->offset[i + 1]; index++, n++) {
+            session->cache_index[n] = session->position[n] = index;
+        }
 }
 
 /* Sequence, question and the description of this rank's rows. */
@@ -162,12 +175,7 @@ static ifkv_status list_tokens(ifkv_session *session) {
            (size_t)(session->n_context - request->n_prefix) * sizeof *session->token);
     memcpy(session->token + session->n_context, request->prompt,
            (size_t)session->n_prompt * sizeof *session->token);
-    int64_t n = 0;
-    for (int64_t i = 0; i < placement->n_chunk; i++)
-        for (int64_t index = placement->offset[i];
-             placement->rank[i] == rank && index < placement->offset[i + 1]; index++, n++) {
-            session->cache_index[n] = session->position[n] = index;
-        }
+    ifkv_session_list_rows(session);
     return IFKV_OK;
 }
 
@@ -178,10 +186,11 @@ static ifkv_status list_encode_rows(ifkv_session *session) {
     const int rank = session->engine->comm->rank;
     session->n_encoded = ifkv_placement_encoded_rows(placement, rank);
     session->n_chunk = ifkv_placement_chunks(placement, rank);
-    const size_t n = (size_t)session->n_encoded;
-    session->encode_begin = malloc(((size_t)session->n_chunk + 1) * sizeof *session->encode_begin);
-    session->encode_token = malloc(n * sizeof *session->encode_token + 1);
-    session->encode_position = malloc(n * sizeof *session->encode_position + 1);
+    session->n_encode_rider = session->rides[IFKV_STAGE_SCORE] ? session->n_question : 0;
+    const size_t n = (size_t)session->n_encoded, n_all = n + (size_t)session->n_encode_rider;
+    session->encode_begin = malloc(((size_t)session->n_chunk + 2) * sizeof *session->encode_begin);
+    session->encode_token = malloc(n_all * sizeof *session->encode_token + 1);
+    session->encode_position = malloc(n_all * sizeof *session->encode_position + 1);
     session->encode_stage = malloc(3 * n * sizeof *session->encode_stage + 1);
     IFKV_REQUIRE(session->encode_begin && session->encode_token && session->encode_position &&
                      session->encode_stage,
@@ -202,9 +211,15 @@ static ifkv_status list_encode_rows(ifkv_session *session) {
         }
     }
     session->encode_begin[n_chunk] = row;
-    const int64_t groups = session->n_chunk;
-    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->frequency,
-                          session->n_encoded, groups);
+    for (int64_t i = 0; i < session->n_encode_rider; i++)
+        session->encode_position[row + i] = session->n_context + i;
+    session->n_encode_group = n_chunk;
+    if (session->n_encode_rider > 0)
+        session->n_encode_group = ifkv_pass_add_riders(
+            session->engine->backend, session->n_encode_rider, n_chunk, session->encode_begin);
+    return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->backend,
+                          session->engine->frequency, session->n_encoded + session->n_encode_rider,
+                          session->n_encode_group);
 }
 
 void ifkv_session_spread_tokens(ifkv_session *session) {
@@ -222,6 +237,8 @@ void ifkv_session_spread_tokens(ifkv_session *session) {
                (size_t)(n - dropped) * sizeof *session->token);
         row += n;
     }
+    memcpy(session->encode_token + session->n_encoded, session->question,
+           (size_t)session->n_encode_rider * sizeof *session->question);
 }
 
 static ifkv_status copy_given_selection(ifkv_session *session) {
@@ -238,11 +255,29 @@ static ifkv_status copy_given_selection(ifkv_session *session) {
     return IFKV_OK;
 }
 
+/* What the caller lets ride: "score", "prompt" or both. */
+static bool may_ride(const ifkv_session *session, const char *rows) {
+    const char *ride = session->options.ride;
+    return !ride || !strcmp(ride, "both") || !strcmp(ride, rows);
+}
+
 static void print_score_layers(ifkv_session *session, const ifkv_select_input *input) {
     size_t used = 0;
     for (int i = 0; i < input->n_score_layer && used < sizeof session->score_layers; i++)
         used += (size_t)snprintf(session->score_layers + used, sizeof session->score_layers - used,
                                  "%s%d", i ? "," : "", input->score_layer[i]);
+}
+
+static ifkv_status parse_scoring(const ifkv_prefill_options *options, bool *is_local_p) {
+    const char *scoring = options->scoring ? options->scoring : "exact";
+    char shown[IFKV_QUOTE_BYTES];
+    *is_local_p = !strcmp(scoring, "local");
+    IFKV_REQUIRE(*is_local_p || !strcmp(scoring, "exact"), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "scoring: got \"%s\", expected exact or local",
+                 ifkv_quote(scoring, strlen(scoring), shown));
+    IFKV_REQUIRE(*is_local_p || !options->local_sink, IFKV_ERR_USAGE, IFKV_E_CONFLICT,
+                 "local-sink: goes with scoring local, got exact");
+    return IFKV_OK;
 }
 
 static ifkv_status plan_selection(ifkv_session *session) {
@@ -267,16 +302,21 @@ static ifkv_status plan_selection(ifkv_session *session) {
         .progress = options->progress,
         .progress_arg = options->progress_arg,
     };
+    IFKV_TRY(parse_scoring(options, &input.is_local));
+    input.has_sink = options->local_sink;
     int64_t num = 0, den = 1;
     IFKV_TRY(ifkv_ratio_parse(options->ratio ? options->ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options->score ? options->score : "l2", &input.form));
     IFKV_TRY(ifkv_geometry_parse(options->geometry, options->hp, &input.geometry));
-    IFKV_TRY(ifkv_score_layers_parse(options->score_layers ? options->score_layers : "published",
-                                     engine->model.config.n_layer, &input));
+    IFKV_TRY(ifkv_score_layers_parse(options->score_layers, engine->model.config.n_layer, &input));
     /* an exact method selects nothing, so nothing may be given either */
-    const int64_t n_eligible =
-        is_exact ? 0 : session->n_context - ifkv_select_first(&session->placement);
+    int64_t n_eligible = is_exact ? 0 : session->n_context - ifkv_select_first(&session->placement);
     input.budget = options->selected ? options->n_selected : ops->budget(&input, num, den);
+    if (session->reorder.is_on) {
+        n_eligible = ifkv_reorder_eligible(&session->placement);
+        input.budget = ifkv_select_by_ratio(num, den, session->n_context, n_eligible);
+        IFKV_TRY(ifkv_reorder_plan(session, &input, num, den));
+    }
     IFKV_REQUIRE(input.budget >= 0 && input.budget <= n_eligible, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "n_selected: got %lld, expected 0 to %lld", (long long)input.budget,
                  (long long)n_eligible);
@@ -291,7 +331,13 @@ static ifkv_status plan_selection(ifkv_session *session) {
         if (ops->is_question_scored) {
             print_score_layers(session, &input);
             session->geometry = input.geometry;
+            session->scoring = input.is_local ? "local" : "exact";
         }
+        /* with a store K lies in the shards unrotated until all layers are there */
+        session->rides[IFKV_STAGE_SCORE] = may_ride(session, "score") && ops->ride_begin &&
+                                           !session->reuse.is_on && !input.is_local &&
+                                           input.geometry == IFKV_GEOMETRY_GLOBAL;
+        input.is_riding = session->rides[IFKV_STAGE_SCORE];
         session->scores = malloc((size_t)session->n_context * sizeof *session->scores);
         IFKV_REQUIRE(session->scores, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
                      "session: out of host memory");
@@ -310,10 +356,9 @@ static int64_t largest_shard(const ifkv_placement *placement) {
     return most;
 }
 
-/* Exchange and, unless pass is NULL, buffers for up to max_row rows over all ranks, max_home of
- * them here. */
-static ifkv_status plan_rows(ifkv_session *session, const char *exchange, int64_t max_row,
-                             int64_t max_home, ifkv_pass *pass, ifkv_exchange **exchange_p) {
+/* An exchange for up to max_row rows over all ranks, max_home of them here. */
+static ifkv_status plan_exchange(ifkv_session *session, const char *exchange, int64_t max_row,
+                                 int64_t max_home, ifkv_exchange **exchange_p) {
     const ifkv_engine *engine = session->engine;
     const ifkv_config *config = &engine->model.config;
     const ifkv_exchange_shape shape = {
@@ -326,25 +371,40 @@ static ifkv_status plan_rows(ifkv_session *session, const char *exchange, int64_
         .max_shard = largest_shard(&session->placement),
         .placement = &session->placement,
     };
-    IFKV_TRY(ifkv_exchange_create(exchange, engine->backend, engine->data, &session->cache, &shape,
-                                  exchange_p));
-    return pass ? ifkv_pass_init(pass, &engine->model, engine->frequency, max_home, 1) : IFKV_OK;
+    return ifkv_exchange_create(exchange, engine->backend, engine->data, &session->cache, &shape,
+                                exchange_p);
 }
 
 static ifkv_status plan_passes(ifkv_session *session) {
-    const ifkv_comm *comm = session->engine->comm;
+    const ifkv_engine *engine = session->engine;
+    const ifkv_comm *comm = engine->comm;
     const int64_t k = session->is_exact ? session->n_context : session->n_selected,
                   n_prompt = session->n_prompt;
     const ifkv_exchange_ops *ops = ifkv_exchange_find(session->exchange_name);
-    int64_t home = ifkv_deal_count(k, comm->size, comm->rank);
+    int64_t home = ifkv_deal_count(k, comm->size, comm->rank),
+            prompt_home = ifkv_deal_count(n_prompt, session->placement.n_tail_rank, comm->rank);
     if (ops && ops->is_home_owner) home = k < session->n_kept ? k : session->n_kept;
-    IFKV_TRY(plan_rows(session, session->exchange_name, k, home,
-                       session->is_exact ? NULL : &session->recompute, &session->exchange));
-    home = ifkv_deal_count(n_prompt, session->placement.n_tail_rank, comm->rank);
-    IFKV_TRY(
-        plan_rows(session, "query", n_prompt, home, &session->prompt, &session->prompt_exchange));
+    IFKV_TRY(plan_exchange(session, session->exchange_name, k, home, &session->exchange));
+    if (session->options.refit && !session->is_exact)
+        IFKV_TRY(ifkv_refit_init(&session->refit, session->engine->backend,
+                                 &session->exchange->shape, k, session->cache_index,
+                                 session->n_kept));
+    IFKV_TRY(plan_exchange(session, "query", n_prompt, prompt_home, &session->prompt_exchange));
 
-    const size_t rows = (size_t)(k > n_prompt ? k : n_prompt);
+    /* refit moves keys between the stores of the two parts */
+    session->rides[IFKV_STAGE_PROMPT] =
+        may_ride(session, "prompt") && session->n_selected > 0 && !session->refit.is_on;
+    if (session->rides[IFKV_STAGE_PROMPT]) {
+        home += prompt_home;
+        prompt_home = prompt_home > 0; /* decode's row */
+    }
+    if (!session->is_exact)
+        IFKV_TRY(ifkv_pass_init(&session->recompute, &engine->model, engine->backend,
+                                engine->frequency, home, 2));
+    IFKV_TRY(ifkv_pass_init(&session->prompt, &engine->model, engine->backend, engine->frequency,
+                            prompt_home, 1));
+
+    const size_t rows = (size_t)(k + n_prompt);
     session->pass_index = malloc(rows * sizeof *session->pass_index);
     session->pass_home = malloc(rows * sizeof *session->pass_home);
     session->pass_owner = malloc(rows * sizeof *session->pass_owner);
@@ -354,8 +414,7 @@ static ifkv_status plan_passes(ifkv_session *session) {
                      session->home_token && session->home_position,
                  IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session: out of host memory");
     if (comm->rank == 0) {
-        const size_t bytes =
-            (size_t)session->engine->model.config.n_vocab * sizeof *session->logits;
+        const size_t bytes = (size_t)engine->model.config.n_vocab * sizeof *session->logits;
         session->logits = malloc(bytes);
         session->first_logits = malloc(bytes);
         IFKV_REQUIRE(session->logits && session->first_logits, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
@@ -368,14 +427,16 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     ifkv_prefill_options options;
     IFKV_TRY(ifkv_struct_read(&options, sizeof options, caller_options, "prefill_options"));
     char shown[IFKV_QUOTE_BYTES];
-    const char *method = options.method, *exchange = options.exchange, *rows = options.score_rows;
+    const char *method = options.method, *exchange = options.exchange, *rows = options.score_rows,
+               *ride = options.ride;
     int64_t num, den;
     ifkv_score_form form;
     ifkv_geometry geometry;
     ifkv_placement_kind kind;
     ifkv_select_input *layers;
-    IFKV_REQUIRE(!method || !strcmp(method, "full") || is_exact_method(method) ||
-                     ifkv_select_find(method),
+    bool is_local, is_reordered;
+    IFKV_REQUIRE(!method || !strcmp(method, "full") || !strcmp(method, "auto") ||
+                     is_exact_method(method) || ifkv_select_find(method),
                  IFKV_ERR_USAGE, IFKV_E_VALUE, "method: got \"%s\", expected " IFKV_METHOD_NAMES,
                  ifkv_quote(method, strlen(method), shown));
     IFKV_REQUIRE(!exchange || !strcmp(exchange, "auto") ||
@@ -386,9 +447,16 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     IFKV_REQUIRE(!rows || !strcmp(rows, "question") || !strcmp(rows, "prompt"), IFKV_ERR_USAGE,
                  IFKV_E_VALUE, "score-rows: got \"%s\", expected question or prompt",
                  ifkv_quote(rows, strlen(rows), shown));
+    IFKV_REQUIRE(!ride || !strcmp(ride, "both") || !strcmp(ride, "score") ||
+                     !strcmp(ride, "prompt") || !strcmp(ride, "none"),
+                 IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "ride: got \"%s\", expected both, score, prompt or none",
+                 ifkv_quote(ride, strlen(ride), shown));
     IFKV_TRY(ifkv_ratio_parse(options.ratio ? options.ratio : "0.15", &num, &den));
     IFKV_TRY(ifkv_score_form_parse(options.score ? options.score : "l2", &form));
     IFKV_TRY(ifkv_geometry_parse(options.geometry, options.hp, &geometry));
+    IFKV_TRY(parse_scoring(&options, &is_local));
+    IFKV_TRY(ifkv_reorder_check(&options, &is_reordered));
     IFKV_TRY(find_placement(options.placement, &kind));
     IFKV_REQUIRE(options.chunk >= 0 && options.chunk <= max_tokens, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "chunk: got %lld, expected a number of tokens", (long long)options.chunk);
@@ -408,16 +476,48 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
 /* `auto` is `delta` if shard and full copy, each of all context rows, fit beside the weights into
  * half of the least share of memory, else `query`: a function of lengths and of what all ranks
  * know, so that they decide alike. */
-static const char *pick_exchange(const ifkv_session *session) {
-    if (session->is_exact) return session->method; /* its own exchange */
+static bool is_exchange_open(const ifkv_session *session) {
     const char *name = session->options.exchange ? session->options.exchange : default_exchange;
-    if (strcmp(name, "auto")) return name;
+    return !session->is_exact && !strcmp(name, "auto");
+}
+
+/* Memory of delta: weights, shard and full copy. */
+static double delta_bytes(const ifkv_session *session) {
     const ifkv_engine *engine = session->engine;
     const ifkv_config *config = &engine->model.config;
     const double row = 2.0 * config->n_layer * config->n_kv_head * config->d_head *
                        (double)ifkv_dtype_bytes(engine->backend->ops->dtype);
-    const double need = (double)engine->model.bytes + 2 * row * (double)session->n_context;
-    return need <= (double)engine->least_share / 2 ? "delta" : "query";
+    return (double)engine->model.bytes + 2 * row * (double)session->n_context;
+}
+
+static const char *pick_exchange(const ifkv_session *session) {
+    if (session->is_exact) return session->method; /* its own exchange */
+    const char *name = session->options.exchange ? session->options.exchange : default_exchange;
+    if (!is_exchange_open(session)) return name;
+    if (session->options.refit) return "delta"; /* the only one that keeps the whole context */
+    return delta_bytes(session) <= (double)session->engine->least_share / 2 ? "delta" : "query";
+}
+
+/* Estimated bytes of both, and what decides. */
+static void explain_exchange(ifkv_session *session) {
+    const ifkv_engine *engine = session->engine;
+    const ifkv_cost_model model = {&engine->model.config,
+                                   (double)ifkv_dtype_bytes(engine->backend->ops->dtype),
+                                   sizeof(float), sizeof(double), false};
+    if (!is_exchange_open(session) || !strcmp(session->method, "full") || session->refit.is_on)
+        return;
+    double mb[2] = {0};
+    static const ifkv_cost_way ways[] = {IFKV_COST_DELTA, IFKV_COST_QUERY};
+    for (int i = 0; i < 2; i++) {
+        const ifkv_cost_bytes bytes = ifkv_cost_exchange(&model, ways[i], engine->comm->size,
+                                                         session->n_context, session->n_selected);
+        mb[i] = 1e-6 * engine->model.config.n_layer * (bytes.shared + bytes.asked + bytes.fresh);
+    }
+    snprintf(session->exchange_choice, sizeof session->exchange_choice,
+             "%s: delta needs %.1f MB with the weights, half of a rank's memory is %.1f MB; a rank "
+             "receives about %.2f MB by delta, %.2f MB by query",
+             session->exchange_name, 1e-6 * delta_bytes(session),
+             1e-6 * (double)engine->least_share / 2, mb[0], mb[1]);
 }
 
 static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *request,
@@ -427,22 +527,33 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     IFKV_TRY(
         ifkv_struct_read(&session->options, sizeof session->options, options, "prefill_options"));
     session->method = session->options.method ? session->options.method : "infoflow";
+    IFKV_REQUIRE(strcmp(session->method, "auto"), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "method: got auto, expected one that a session can run");
     session->is_exact = is_exact_method(session->method);
     const char *rows = session->options.score_rows;
     if (rows && !strcmp(rows, "question")) session->options.score_rows = NULL;
     session->max_new = session->options.max_new;
+    IFKV_TRY(ifkv_reorder_check(&session->options, &session->reorder.is_on));
     /* an exact prefill makes other rows than a chunk's own */
-    session->reuse.is_on =
+    session->reuse.has_store =
         session->options.store && !session->is_exact && strcmp(session->method, "full");
-    if (session->reuse.is_on)
+    session->reuse.is_on = session->reuse.has_store || session->reorder.is_on;
+    if (session->reuse.has_store)
         IFKV_TRY(ifkv_struct_read(&session->reuse.store, sizeof session->reuse.store,
                                   session->options.store, "store"));
-    IFKV_REQUIRE(!session->reuse.is_on || (session->reuse.store.load && session->reuse.store.save),
+    IFKV_REQUIRE(!session->reuse.has_store ||
+                     (session->reuse.store.load && session->reuse.store.save),
                  IFKV_ERR_USAGE, IFKV_E_STRUCT, "store: got NULL for load or save");
     IFKV_TRY(check_request(&session->engine->model.config, &session->request, session->max_new));
     const ifkv_request *r = &session->request;
     session->n_context = r->n_prefix + r->chunk_offsets[r->n_chunk];
     session->exchange_name = pick_exchange(session);
+    IFKV_REQUIRE(!session->options.refit || !session->reorder.is_on, IFKV_ERR_USAGE,
+                 IFKV_E_CONFLICT, "refit and reorder exclude each other");
+    IFKV_REQUIRE(!session->options.refit || session->is_exact || session->engine->comm->size == 1 ||
+                     ifkv_exchange_find(session->exchange_name)->whole,
+                 IFKV_ERR_USAGE, IFKV_E_VALUE, "refit: got exchange %s, expected delta",
+                 session->exchange_name);
     session->n_prompt = r->n_prompt;
     session->n_tail = r->n_prompt + (session->max_new > 0 ? session->max_new - 1 : 0);
     return IFKV_OK;
@@ -463,12 +574,16 @@ static ifkv_status digest_plan(ifkv_session *session) {
     add_text(digest, session->exchange_name);
     add_text(digest, session->scores ? session->score_layers : "");
     add_text(digest, session->scores && options->score ? options->score : "l2");
+    add_text(digest, session->scoring);
     const int64_t number[] = {
-        session->n_context, session->n_prompt,       session->n_question,       session->n_selected,
-        session->max_new,   session->scores != NULL, options->selected != NULL, placement->n_prefix,
-        placement->n_chunk, session->reuse.is_on,    session->geometry};
+        session->n_context,        session->n_prompt,   session->n_question,
+        session->n_selected,       session->max_new,    session->scores != NULL,
+        options->selected != NULL, placement->n_prefix, placement->n_chunk,
+        session->reuse.has_store,  session->geometry,   options->local_sink,
+        session->reorder.is_on,    session->refit.is_on};
     for (size_t i = 0; i < sizeof number / sizeof *number; i++)
         ifkv_digest_add_u64(digest, (uint64_t)number[i]);
+    for (int i = 0; i < IFKV_N_STAGE; i++) ifkv_digest_add_u64(digest, session->rides[i]);
     for (int64_t i = 0; i < placement->n_chunk; i++) {
         ifkv_digest_add_u64(digest, (uint64_t)placement->offset[i]);
         ifkv_digest_add_u64(digest, (uint64_t)placement->rank[i]);
@@ -486,16 +601,18 @@ ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *r
     ifkv_status status;
     ifkv_arena arena = {0};
     session->engine = (ifkv_engine *)engine;
+    session->scoring = session->auto_exact = "";
     IFKV_TRY_GOTO(status, read_arguments(session, request, options), err_destroy);
     IFKV_TRY_GOTO(status, cut_chunks(session), err_destroy);
     IFKV_TRY_GOTO(status, place(session), err_destroy);
     IFKV_TRY_GOTO(status, list_tokens(session), err_destroy);
+    IFKV_TRY_GOTO(status, plan_selection(session), err_destroy);
     IFKV_TRY_GOTO(status,
                   session->reuse.is_on ? ifkv_reuse_plan(session) : list_encode_rows(session),
                   err_destroy);
-    IFKV_TRY_GOTO(status, plan_selection(session), err_destroy);
     IFKV_TRY_GOTO(status, plan_passes(session), err_destroy);
     IFKV_TRY_GOTO(status, digest_plan(session), err_destroy);
+    explain_exchange(session);
     ifkv_session_layout(session, &arena);
     if (arena.is_overflown) {
         status =
@@ -540,14 +657,19 @@ void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena) {
     else
         layout_chunk_exchange(session, arena);
     if (session->reuse.is_on) ifkv_reuse_layout(session, arena);
-    ifkv_arena_reset(arena, mark);
+    if (!session->rides[IFKV_STAGE_SCORE]) ifkv_arena_reset(arena, mark);
+    if (session->reorder.is_on) {
+        ifkv_reorder_layout(session, arena);
+        ifkv_arena_reset(arena, mark);
+    }
     if (session->selector) session->selector->ops->layout(session->selector, arena);
     ifkv_arena_reset(arena, mark);
     if (!session->is_exact) {
         ifkv_pass_layout(&session->recompute, arena, dtype);
         session->exchange->ops->layout(session->exchange, arena);
+        ifkv_refit_layout(&session->refit, session->exchange, arena);
     }
-    ifkv_arena_reset(arena, mark);
+    if (!session->rides[IFKV_STAGE_PROMPT]) ifkv_arena_reset(arena, mark);
     ifkv_pass_layout(&session->prompt, arena, dtype);
     session->prompt_exchange->ops->layout(session->prompt_exchange, arena);
 }
@@ -557,11 +679,13 @@ void ifkv_session_destroy(ifkv_session *session) {
     ifkv_selector_destroy(session->selector);
     ifkv_exchange_destroy(session->exchange);
     ifkv_exchange_destroy(session->prompt_exchange);
+    ifkv_refit_fini(&session->refit);
     ifkv_pass_fini(&session->encode);
     ifkv_pass_fini(&session->recompute);
     ifkv_pass_fini(&session->prompt);
     ifkv_placement_fini(&session->placement);
     ifkv_reuse_fini(&session->reuse);
+    ifkv_reorder_fini(&session->reorder);
     void *const owned[] = {
         session->given_offsets, session->chunk_index,     session->token,
         session->question,      session->cache_index,     session->encode_begin,

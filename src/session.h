@@ -8,6 +8,8 @@
 
 #include "engine.h"
 #include "exchange.h"
+#include "refit.h"
+#include "reorder.h"
 #include "reuse.h"
 #include "select.h"
 
@@ -16,7 +18,9 @@ struct ifkv_session {
     ifkv_request request; /* arrays borrowed from the caller */
     ifkv_prefill_options options;
     const char *method, *exchange_name;
-    bool is_exact; /* the method is a pass of its own exchange over the whole context */
+    bool is_exact;            /* the method is a pass of its own exchange over the whole context */
+    bool rides[IFKV_N_STAGE]; /* the stage's rows run in an earlier one: score in encode, prompt in
+                                 recompute */
 
     int64_t n_context, n_prompt, n_question, max_new,
         n_tail;             /* n_tail: prompt and generated rows with K/V */
@@ -31,19 +35,24 @@ struct ifkv_session {
     int64_t *cache_index; /* [cache.capacity] */
     int64_t n_kept;       /* context rows of this rank */
 
-    /* Encode: the rows of this rank's chunks, each behind its prefix, or of its slices. */
+    /* Encode: the rows of this rank's chunks, each behind its prefix, or of its slices; behind them
+     * scoring rows that ride. */
     ifkv_exchange chunk_exchange;
     ifkv_pass encode;
     int64_t n_encoded, n_chunk;     /* rows and chunks of this rank */
-    int64_t *encode_begin;          /* [n_chunk + 1] row groups */
-    int32_t *encode_token;          /* [n_encoded] */
-    int64_t *encode_position;       /* [n_encoded] */
+    int64_t n_encode_rider;         /* rows that ride */
+    int64_t n_encode_group;         /* row groups: chunks, and the riders' */
+    int64_t *encode_begin;          /* [n_encode_group + 1] */
+    int32_t *encode_token;          /* [n_encoded + n_encode_rider] */
+    int64_t *encode_position;       /* [n_encoded + n_encode_rider] */
     int64_t *span_begin, *span_end; /* [n_encoded] back-end memory */
     int64_t *kept_row;              /* [n_kept] encode row of each shard row; back-end memory */
     ifkv_view encode_lse;           /* [n_encoded, n_head] written, never read */
     int64_t *encode_stage;          /* [3 * n_encoded] host */
 
-    ifkv_reuse reuse; /* where a chunk store is used: encode goes through it */
+    ifkv_reuse reuse; /* where a chunk store is used or chunks change places: encode goes through it
+                       */
+    ifkv_reorder reorder;
 
     /* Select and recompute; an exact method's exchange serves encode instead. */
     ifkv_selector *selector; /* NULL if nothing can be selected */
@@ -54,8 +63,10 @@ struct ifkv_session {
     uint64_t plan_digest; /* of all that the ranks must have in common before the first message */
     char score_layers[2048]; /* "" unless the question's attention is scored */
     ifkv_geometry geometry;  /* while scoring */
+    const char *scoring;     /* "exact", "local"; "" unless the question's attention is scored */
     ifkv_exchange *exchange;
-    ifkv_pass recompute;
+    ifkv_pass recompute; /* a prompt that rides is in it, behind S */
+    ifkv_refit refit;    /* rows that are not recomputed */
 
     /* Prompt and decode. */
     ifkv_exchange *prompt_exchange;
@@ -75,6 +86,9 @@ struct ifkv_session {
     int64_t n_answer;
     bool is_stopped;
 
+    const char *auto_exact; /* of method auto: what infoflow was compared with; else "" */
+    double auto_exact_ms, auto_infoflow_ms;
+    char exchange_choice[256]; /* why exchange auto took the one it took; else "" */
     double ms[IFKV_N_STAGE], ttft_ms;
     int64_t bytes[IFKV_N_STAGE];
     uint8_t *recomputed; /* [n_kept] */
@@ -90,6 +104,8 @@ ifkv_status ifkv_session_create(const ifkv_engine *engine, const ifkv_request *r
                                 size_t *arena_bytes_p);
 /* Hand out the arena's memory. */
 void ifkv_session_layout(ifkv_session *session, ifkv_arena *arena);
+/* Fill index and position of the rows this rank keeps, from the placement. */
+void ifkv_session_list_rows(ifkv_session *session);
 /* Fill what derives from `token` once its ids are final: the rows that encode runs, the rows this
  * rank keeps. */
 void ifkv_session_spread_tokens(ifkv_session *session);

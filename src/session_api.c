@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "auto.h"
 #include "convert.h"
 #include "log.h"
 #include "prefill.h"
@@ -16,8 +17,12 @@ ifkv_status ifkv_engine_plan(const ifkv_engine *engine, const ifkv_request *requ
                              const ifkv_prefill_options *options, size_t *bytes_p) {
     IFKV_REQUIRE(engine && bytes_p, IFKV_ERR_USAGE, IFKV_E_STRUCT, "engine_plan: got NULL");
     ifkv_session *session = NULL;
-    IFKV_TRY(ifkv_session_create(engine, request, options, &session, bytes_p));
-    ifkv_session_destroy(session);
+    if (ifkv_auto_is_asked(options)) {
+        IFKV_TRY(ifkv_auto_plan(engine, request, options, bytes_p));
+    } else {
+        IFKV_TRY(ifkv_session_create(engine, request, options, &session, bytes_p));
+        ifkv_session_destroy(session);
+    }
     return ifkv_engine_check_memory(engine, *bytes_p);
 }
 
@@ -53,7 +58,7 @@ static ifkv_status place(ifkv_engine *engine, const ifkv_request *request,
     ifkv_session *session = NULL;
     ifkv_status status = ifkv_session_create(engine, request, options, &session, &bytes);
     if (status == IFKV_OK) status = ifkv_engine_reserve(engine, bytes);
-    if (status == IFKV_OK && session->reuse.is_on) status = ifkv_engine_identify(engine);
+    if (status == IFKV_OK && session->reuse.has_store) status = ifkv_engine_identify(engine);
     status = ifkv_comm_agree(engine->comm, status, NULL);
     if (status == IFKV_OK)
         status = ifkv_comm_same(engine->comm, session->plan_digest, "chunks and options");
@@ -103,15 +108,32 @@ ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
     /* outside the clock, as loading them is; an error shows again where the ranks agree */
     if (options && options->size >= sizeof *options && options->store) ifkv_engine_identify(engine);
     IFKV_TRY(check_stop(engine->comm, options));
+    const bool is_auto = ifkv_auto_is_asked(options);
+    ifkv_rates rates = {.size = sizeof rates};
+    ifkv_auto_choice choice = {0};
+    ifkv_prefill_options chosen;
+    IFKV_TRY(ifkv_comm_same(engine->comm, is_auto, "whether the method is auto"));
+    if (is_auto) IFKV_TRY(ifkv_engine_measure(engine, &rates));
     IFKV_TRY(ifkv_comm_barrier(engine->comm));
     ifkv_comm_phase(engine->comm, IFKV_STAGE_PLACE);
     const double begin = backend->ops->clock_ms(backend);
     engine->comm->bytes_received = 0;
+    if (is_auto) {
+        IFKV_TRY(ifkv_auto_choose(engine, request, options, &choice));
+        IFKV_TRY(ifkv_struct_read(&chosen, sizeof chosen, options, "prefill_options"));
+        chosen.size = sizeof chosen;
+        chosen.method = choice.method;
+        options = &chosen;
+    }
     IFKV_TRY(place(engine, request, options, &session));
+    session->auto_exact = is_auto ? choice.exact : "";
+    session->auto_exact_ms = choice.exact_ms;
+    session->auto_infoflow_ms = choice.infoflow_ms;
     ifkv_status status = distribute_ids(session);
     session->ms[IFKV_STAGE_PLACE] = backend->ops->clock_ms(backend) - begin;
     session->bytes[IFKV_STAGE_PLACE] = engine->comm->bytes_received;
     for (size_t i = 0; i < sizeof stages / sizeof *stages && status == IFKV_OK; i++) {
+        if (session->rides[stages[i].stage]) continue;
         if (i > 0) status = check_stop(engine->comm, options);
         ifkv_comm_phase(engine->comm, (int)stages[i].stage);
         if (status == IFKV_OK) status = run_stage(session, stages[i].stage, stages[i].run);
@@ -183,6 +205,7 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .method = session->method,
         .exchange = strcmp(session->method, "full") ? session->exchange_name : "none",
         .backend = engine->backend->ops->name,
+        .device = engine->backend->device,
         .comm = ifkv_comm_name(engine->comm),
         .finish = session->is_stopped ? "stop" : "length",
         .n_rank = engine->comm->size,
@@ -198,10 +221,17 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .answer = session->answer,
         .n_answer = session->n_answer,
         .score_layers = session->score_layers,
-        .has_store = session->reuse.is_on,
+        .has_store = session->reuse.has_store,
         .geometry = *session->score_layers ? ifkv_geometry_name(session->geometry) : "",
         .hp = *session->score_layers ? ifkv_geometry_hp_name(session->geometry) : "",
+        .scoring = session->scoring,
+        .chunk_order = session->reorder.order,
+        .auto_exact = session->auto_exact,
+        .auto_exact_ms = session->auto_exact_ms,
+        .auto_infoflow_ms = session->auto_infoflow_ms,
+        .exchange_choice = session->exchange_choice,
     };
+    memcpy(result.rode, session->rides, sizeof result.rode);
     IFKV_TRY(reduce_result(session, &result));
     return ifkv_struct_write(caller_result, &result, sizeof result, "result");
 }
@@ -220,6 +250,7 @@ ifkv_status ifkv_session_kv_rows(const ifkv_session *session, ifkv_kv_rows *call
         .token = session->kept_token,
         .recomputed = session->recomputed,
         .chunk_offsets = session->chunk_index,
+        .chunk_order = session->reorder.order,
     };
     return ifkv_struct_write(caller_rows, &rows, sizeof rows, "kv_rows");
 }

@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 #include <threads.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "file.h"
 #include "publish.h"
@@ -150,6 +151,14 @@ static void save_entry(void *arg, const ifkv_store_entry *entry, ifkv_store_laye
     free(path);
 }
 
+static bool has_entry(void *arg, const ifkv_store_entry *entry) {
+    const ifkv_chunk_store *store = arg;
+    char *path = entry_path(store, entry);
+    const bool is_there = path && access(path, R_OK) == 0;
+    free(path);
+    return is_there;
+}
+
 /* ---- open, close ---- */
 
 /* Serve from what can only be read; fail where there is nothing. */
@@ -176,8 +185,11 @@ ifkv_status ifkv_chunk_store_open(const ifkv_chunk_store_options *options,
     store->say = options->say;
     store->say_arg = options->say_arg;
     store->n_holder = 1;
-    store->table = (ifkv_store){
-        .size = sizeof store->table, .arg = store, .load = load_entry, .save = save_entry};
+    store->table = (ifkv_store){.size = sizeof store->table,
+                                .arg = store,
+                                .load = load_entry,
+                                .save = save_entry,
+                                .has = has_entry};
     IFKV_TRY_GOTO(status, prepare_dir(store), err_destroy_lock);
     *store_p = store;
     return IFKV_OK;

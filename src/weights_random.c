@@ -43,20 +43,25 @@ static void moments(ifkv_weight_kind kind, int64_t n_col, double *mean, double *
     *spread = gain / sqrt((double)n_col);
 }
 
-void ifkv_weights_draw(const ifkv_weight_plan *plan, uint64_t seed, ifkv_weight_kind kind,
-                       int layer, int64_t first, int64_t n, float *to) {
+ifkv_draw ifkv_weights_stream(const ifkv_weight_plan *plan, uint64_t seed, ifkv_weight_kind kind,
+                              int layer) {
     char name[IFKV_WEIGHT_NAME_BYTES];
     double mean, spread;
     ifkv_weight_name(kind, layer, name);
     moments(kind, plan->weight[kind].n_col, &mean, &spread);
-    /* A uniform 16-bit field has variance (2^32 - 1)/12, and four of them add up. */
-    const float scale = (float)(spread / sqrt(4294967295.0 / 3.0));
-    const float centre = (float)mean;
-    const uint64_t key = mix(mix(seed + GOLDEN) ^ ifkv_digest_bytes(name, strlen(name)));
+    return (ifkv_draw){
+        .key = mix(mix(seed + GOLDEN) ^ ifkv_digest_bytes(name, strlen(name))),
+        /* A uniform 16-bit field has variance (2^32 - 1)/12, and four of them add up. */
+        .scale = (float)(spread / sqrt(4294967295.0 / 3.0)),
+        .centre = (float)mean,
+    };
+}
+
+void ifkv_weights_draw(const ifkv_draw *draw, int64_t first, int64_t n, float *to) {
     for (int64_t i = 0; i < n; i++)
-        to[i] = (float)bell(mix(key + (uint64_t)(first + i + 1) * GOLDEN)) * scale;
+        to[i] = (float)bell(mix(draw->key + (uint64_t)(first + i + 1) * GOLDEN)) * draw->scale;
     /* A pass of its own: product and sum are rounded one by one on every machine, where one
      * expression might be contracted. */
-    if (centre != 0.0f)
-        for (int64_t i = 0; i < n; i++) to[i] += centre;
+    if (draw->centre != 0.0f)
+        for (int64_t i = 0; i < n; i++) to[i] += draw->centre;
 }

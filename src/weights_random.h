@@ -6,15 +6,18 @@
 #ifndef IFKV_SRC_WEIGHTS_RANDOM_H
 #define IFKV_SRC_WEIGHTS_RANDOM_H
 
+#include "backend.h"
 #include "weights.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-/* Elements [first, first + n) of a tensor, row-major. */
-void ifkv_weights_draw(const ifkv_weight_plan *plan, uint64_t seed, ifkv_weight_kind kind,
-                       int layer, int64_t first, int64_t n, float *to);
+/* The stream of a tensor's elements, row-major. */
+ifkv_draw ifkv_weights_stream(const ifkv_weight_plan *plan, uint64_t seed, ifkv_weight_kind kind,
+                              int layer);
+/* Elements [first, first + n) of a stream. */
+void ifkv_weights_draw(const ifkv_draw *draw, int64_t first, int64_t n, float *to);
 
 #ifdef __cplusplus
 }

@@ -7,7 +7,10 @@
 #include <string.h>
 #include <time.h>
 
-enum { FENCE = 67 }; /* elements before and after; odd, so that no operand is aligned */
+enum {
+    FENCE = 67,        /* odd, so that no operand is aligned */
+    ALIGNED_FENCE = 72 /* 16 bytes of any type */
+};
 
 gen gen_create(const char *program) {
     const char *text = getenv("IFKV_TEST_SEED");
@@ -39,25 +42,55 @@ static void must(bool ok, const char *what) {
 }
 
 static size_t element_at(const gen_matrix *m, int64_t row, int64_t col) {
-    return (size_t)(FENCE + row * m->view.stride + col) * ifkv_dtype_bytes(m->view.dtype);
+    return (size_t)(m->fence + row * m->view.stride + col) * ifkv_dtype_bytes(m->view.dtype);
 }
 
-static double round_to(ifkv_dtype dtype, double value, void *stored) {
-    must(dtype == IFKV_DTYPE_F32 || dtype == IFKV_DTYPE_F64, "element type");
-    if (dtype == IFKV_DTYPE_F64) {
+/* What is stored of a value, and back. */
+static void encode(ifkv_dtype dtype, double value, void *stored) {
+    const float narrow = (float)value;
+    uint32_t bits;
+    memcpy(&bits, &narrow, sizeof bits);
+    if (dtype == IFKV_DTYPE_BF16) {
+        if (!isnan(narrow)) bits += 0x7fffu + (bits >> 16 & 1u);
+        const uint16_t upper = (uint16_t)(bits >> 16);
+        memcpy(stored, &upper, sizeof upper);
+    } else if (dtype == IFKV_DTYPE_F64) {
         memcpy(stored, &value, sizeof value);
+    } else {
+        must(dtype == IFKV_DTYPE_F32, "element type");
+        memcpy(stored, &narrow, sizeof narrow);
+    }
+}
+
+double gen_decode(ifkv_dtype dtype, const void *stored) {
+    uint16_t upper = 0;
+    double value;
+    float narrow;
+    if (dtype == IFKV_DTYPE_F64) {
+        memcpy(&value, stored, sizeof value);
         return value;
     }
-    const float narrow = (float)value;
-    memcpy(stored, &narrow, sizeof narrow);
+    if (dtype == IFKV_DTYPE_BF16) {
+        memcpy(&upper, stored, sizeof upper);
+        const uint32_t bits = (uint32_t)upper << 16;
+        memcpy(&narrow, &bits, sizeof narrow);
+    } else {
+        memcpy(&narrow, stored, sizeof narrow);
+    }
     return (double)narrow;
 }
 
-gen_matrix gen_matrix_create(gen *g, ifkv_backend *backend, ifkv_dtype dtype, int64_t n_row,
-                             int64_t n_col, int64_t gap, gen_fill fill) {
-    gen_matrix m = {.backend = backend};
-    m.view = ifkv_view_make(NULL, dtype, n_row, n_col, n_col + gap);
-    m.bytes = element_at(&m, n_row, FENCE);
+double gen_round(ifkv_dtype dtype, double value) {
+    unsigned char stored[sizeof value];
+    encode(dtype, value, stored);
+    return gen_decode(dtype, stored);
+}
+
+static gen_matrix create(gen *g, ifkv_backend *backend, ifkv_dtype dtype, int64_t n_row,
+                         int64_t n_col, int64_t stride, int64_t fence, gen_fill fill) {
+    gen_matrix m = {.backend = backend, .fence = fence};
+    m.view = ifkv_view_make(NULL, dtype, n_row, n_col, stride);
+    m.bytes = element_at(&m, n_row, fence);
     m.image = malloc(m.bytes);
     m.value = malloc((size_t)(n_row * n_col + 1) * sizeof *m.value);
     must(m.image && m.value, "malloc");
@@ -71,12 +104,27 @@ gen_matrix gen_matrix_create(gen *g, ifkv_backend *backend, ifkv_dtype dtype, in
     return m;
 }
 
+gen_matrix gen_matrix_create(gen *g, ifkv_backend *backend, ifkv_dtype dtype, int64_t n_row,
+                             int64_t n_col, int64_t gap, gen_fill fill) {
+    return create(g, backend, dtype, n_row, n_col, n_col + gap, FENCE, fill);
+}
+
+gen_matrix gen_matrix_create_aligned(gen *g, ifkv_backend *backend, ifkv_dtype dtype, int64_t n_row,
+                                     int64_t n_col, int64_t gap, gen_fill fill) {
+    const int64_t unit = 16 / (int64_t)ifkv_dtype_bytes(dtype);
+    const int64_t stride = (n_col + gap + unit - 1) / unit * unit;
+    return create(g, backend, dtype, n_row, n_col, stride, ALIGNED_FENCE, fill);
+}
+
 void gen_matrix_write(gen_matrix *m) {
+    const ifkv_dtype dtype = m->view.dtype;
     memset(m->image, 0xff, m->bytes);
     for (int64_t row = 0; row < m->view.n_row; row++)
-        for (int64_t col = 0; col < m->view.n_col; col++)
-            *gen_at(m, row, col) =
-                round_to(m->view.dtype, *gen_at(m, row, col), m->image + element_at(m, row, col));
+        for (int64_t col = 0; col < m->view.n_col; col++) {
+            unsigned char *stored = m->image + element_at(m, row, col);
+            encode(dtype, *gen_at(m, row, col), stored);
+            *gen_at(m, row, col) = gen_decode(dtype, stored);
+        }
     must(m->backend->ops->upload(m->backend, m->base, m->image, m->bytes) == IFKV_OK, "upload");
     must(m->backend->ops->sync(m->backend) == IFKV_OK, "sync");
 }
@@ -85,7 +133,6 @@ bool gen_matrix_read(gen_matrix *m) {
     must(m->backend->ops->sync(m->backend) == IFKV_OK, "sync");
     must(m->backend->ops->download(m->backend, m->image, m->base, m->bytes) == IFKV_OK, "download");
     must(m->backend->ops->sync(m->backend) == IFKV_OK, "sync");
-    const size_t element = ifkv_dtype_bytes(m->view.dtype);
     bool is_intact = true;
     size_t next = 0;
     for (int64_t row = 0; row <= m->view.n_row; row++) {
@@ -93,16 +140,8 @@ bool gen_matrix_read(gen_matrix *m) {
         for (size_t i = next; i < begin; i++) is_intact = is_intact && m->image[i] == 0xff;
         if (row == m->view.n_row) break;
         next = element_at(m, row, m->view.n_col);
-        for (int64_t col = 0; col < m->view.n_col; col++) {
-            const unsigned char *stored = m->image + element_at(m, row, col);
-            float narrow;
-            if (element == sizeof narrow) {
-                memcpy(&narrow, stored, sizeof narrow);
-                *gen_at(m, row, col) = (double)narrow;
-            } else {
-                memcpy(gen_at(m, row, col), stored, sizeof(double));
-            }
-        }
+        for (int64_t col = 0; col < m->view.n_col; col++)
+            *gen_at(m, row, col) = gen_decode(m->view.dtype, m->image + element_at(m, row, col));
     }
     return is_intact;
 }

@@ -16,7 +16,7 @@ foreign() {
     done
 }
 foreign 'mpi\.h' 'comm/comm_mpi\.c|comm/mpi_check\.h|src/cli\.c|bench/[a-z_]*\.c|tests/[a-z_]*\.c'
-foreign 'nccl\.h' 'comm/comm_nccl\.c|comm/nccl_check\.h'
+foreign 'nccl\.h' 'comm/comm_nccl\.c|comm/nccl_check\.h|tests/emu/.*'
 foreign 'cuda_runtime[a-z_]*\.h' 'cuda/.*|comm/comm_nccl\.c|bench/bench\.c|tests/emu/.*'
 foreign 'cublas[A-Za-z_]*\.h' 'cuda/cuda_backend\.c|cuda/cuda_matmul\.c|cuda/cuda_check\.h'
 foreign 'hdf5\.h' 'src/h5_file\.h|tests/file_fixture\.c' # h5_file.h is private to h5.c and h5_read.c
@@ -32,13 +32,13 @@ foreign 'xxhash\.h' 'src/digest\.c|tests/[a-z_]*\.c'
 level() {
     case $1 in
     ifkv.h | status.h | error_codes.h | log.h) echo 0 ;;
-    tensor.h | placement.h | geometry.h | config.h | config_*.h | rope.h | file.h | json.h | digest.h | convert.h | guard.h) echo 1 ;;
+    tensor.h | placement.h | cost.h | geometry.h | config.h | config_*.h | rope.h | file.h | json.h | digest.h | convert.h | guard.h) echo 1 ;;
     backend.h | arena.h | comm.h | timeline.h | cpu_*.h | mpi_check.h | nccl_check.h) echo 2 ;;
     h5.h | h5_file.h | safetensors*.h | model.h | model_check.h | store*.h | weights.h | weights_random.h | request.h | kvcache.h | publish.h | manifest.h) echo 3 ;;
     exchange.h | exchange_owned.h | exchange_kv_route.h) echo 4 ;;
     layer.h) echo 5 ;;
-    select.h | engine.h) echo 6 ;;
-    reuse.h | session.h | prefill.h | output*.h) echo 7 ;;
+    select.h | refit.h | engine.h) echo 6 ;;
+    auto.h | reorder.h | reuse.h | session.h | prefill.h | output*.h) echo 7 ;;
     cli.h | *) echo 8 ;;
     esac
 }
@@ -47,6 +47,7 @@ own_header() {
     exchange_*.c) echo exchange.h ;;
     select_*.c) echo select.h ;;
     session_api.c) echo prefill.h ;;
+    measure.c) echo engine.h ;;
     comm_*.c) echo comm.h ;;
     request_*.c) echo request.h ;;
     safetensors_*.c) echo safetensors.h ;;

@@ -196,6 +196,8 @@ static void options_check_names_what_is_wrong(void **state) {
         {{.chunk = INT64_MAX}, "chunk"},
         {{.geometry = "local"}, "geometry"},
         {{.geometry = "hl-hp", .hp = "both"}, "hp"},
+        {{.ride = "all"}, "ride"},
+        {{.ride = ""}, "ride"},
         {{.epic_k = -1}, "epic-k"},
         {{.epic_k = INT64_MAX}, "epic-k"},
         {{.max_new = -1}, "max-new"},
@@ -515,7 +517,7 @@ static void defaults_are_the_documented_ones(void **state) {
                                                       .ratio = "0.15",
                                                       .score = "l2",
                                                       .score_rows = "question",
-                                                      .score_layers = "published",
+                                                      .score_layers = "wide",
                                                       .placement = "zigzag"});
     assert_int_equal(plain.n_selected, 4); /* of 32 */
     assert_same(&plain, &named, true);
@@ -590,13 +592,15 @@ static void result_says_what_was_done(void **state) {
     assert_string_equal(result.exchange, "delta"); /* what "auto" chose */
     assert_string_equal(result.backend, "cpu");
     assert_string_equal(result.comm, "self");
-    assert_string_equal(result.score_layers, "2,3,4");
+    assert_string_equal(result.score_layers, "1,4"); /* wide, of 5 */
     assert_string_equal(result.geometry, "global");
     assert_string_equal(result.hp, "");
     assert_int_equal(result.n_rank, 1);
     assert_int_equal(result.n_context, 32);
     assert_int_equal(result.n_chunk, 4);
     assert_int_equal(result.n_prompt, 5);
+    assert_true(result.rode[IFKV_STAGE_SCORE] && result.rode[IFKV_STAGE_PROMPT]);
+    assert_false(result.rode[IFKV_STAGE_ENCODE] || result.rode[IFKV_STAGE_RECOMPUTE]);
     assert_int_equal(result.bytes_total, 0); /* one rank receives nothing */
     assert_non_null(result.scores);
     assert_true(result.ttft_ms > 0);
@@ -641,20 +645,25 @@ static void keep_progress(void *arg, ifkv_stage stage, int64_t done, int64_t tot
 
 static void progress_counts_up_stage_by_stage(void **state) {
     api_fixture *fixture = *state;
-    progress_log log = {.last = IFKV_STAGE_PLACE};
-    ifkv_session *session = opened(
-        fixture,
-        (ifkv_prefill_options){.max_new = 4, .progress = keep_progress, .progress_arg = &log});
-    assert_ok(ifkv_session_decode(session));
-    assert_false(log.is_bad);
-    static const ifkv_stage by_layer[] = {IFKV_STAGE_ENCODE, IFKV_STAGE_SCORE, IFKV_STAGE_RECOMPUTE,
-                                          IFKV_STAGE_PROMPT};
-    for (size_t i = 0; i < sizeof by_layer / sizeof *by_layer; i++) {
-        assert_int_equal(log.total[by_layer[i]], 5);
-        assert_int_equal(log.done[by_layer[i]], 5);
+    for (int is_riding = 0; is_riding < 2; is_riding++) {
+        progress_log log = {.last = IFKV_STAGE_PLACE};
+        ifkv_session *session =
+            opened(fixture, (ifkv_prefill_options){.max_new = 4,
+                                                   .progress = keep_progress,
+                                                   .progress_arg = &log,
+                                                   .ride = is_riding ? "both" : "none"});
+        assert_ok(ifkv_session_decode(session));
+        assert_false(log.is_bad);
+        static const ifkv_stage by_layer[] = {IFKV_STAGE_ENCODE, IFKV_STAGE_RECOMPUTE,
+                                              IFKV_STAGE_SCORE, IFKV_STAGE_PROMPT};
+        for (int i = 0; i < 4; i++) {
+            const int64_t want = is_riding && i >= 2 ? 0 : 5; /* part of the stage that carries */
+            assert_int_equal(log.total[by_layer[i]], want);
+            assert_int_equal(log.done[by_layer[i]], want);
+        }
+        assert_int_equal(log.total[IFKV_STAGE_DECODE], 4);
+        ifkv_session_close(session);
     }
-    assert_int_equal(log.total[IFKV_STAGE_DECODE], 4);
-    ifkv_session_close(session);
 }
 
 /* Sessions of different sizes follow each other in one arena, and nothing is left of one in the

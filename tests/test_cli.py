@@ -17,6 +17,7 @@ import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BIN = os.environ.get("IFKV_BIN", os.path.join(ROOT, "build", "ifkv"))
+EMULATED = os.environ.get("IFKV_EMU_BIN")
 N_VOCAB = 97
 CONFIG = {
     "model_type": "llama", "hidden_act": "silu", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
@@ -64,8 +65,8 @@ class Tool(unittest.TestCase):
                 f.write(json.dumps(item) + "\n")
         return self.path("requests.jsonl")
 
-    def run_tool(self, *args, mpi=0, timeout=60, stdin=None, env=None, **more):
-        command = [BIN, *args]
+    def run_tool(self, *args, mpi=0, timeout=60, stdin=None, env=None, tool=None, **more):
+        command = [tool or BIN, *args]
         if mpi:
             command = ["mpirun", "-n", str(mpi), *command]
         return subprocess.run(command, capture_output=True, timeout=timeout, input=stdin,
@@ -115,20 +116,84 @@ class Arguments(Tool):
 
     def test_names_must_be_known(self):
         for flag in ["--method", "--exchange", "--score", "--score-rows", "--score-layers", "--geometry", "--hp", "--backend",
-                     "--comm", "--placement"]:
+                     "--comm", "--placement", "--ride", "--scoring"]:
             with self.subTest(flag=flag):
                 self.assert_answer(self.prefill([request()], flag, "frobnicate"), 2, "frobnicate")
 
-    def test_features_that_do_not_exist_yet_are_unknown_options(self):
-        for flag in ["--reorder", "--scoring"]:
-            with self.subTest(flag=flag):
-                self.assert_answer(self.prefill([request()], flag, "x"), 2, flag)
+    def test_cuda_says_what_is_missing(self):
+        done = self.prefill([request()], "--backend", "cuda")
+        if b"without CUDA" in done.stderr:
+            self.assert_answer(done, 78, "back end cuda")
+        elif done.returncode != 0:  # no machine of the tests has a device
+            self.assert_answer(done, 69, "back end cuda")
+            self.assertRegex(done.stderr.decode(), "no NVIDIA driver|the NVIDIA driver is for|no device is visible")
 
-    def test_cuda_is_refused_by_name_where_it_is_not_built(self):
-        self.assert_answer(self.prefill([request()], "--backend", "cuda"), 78, "cuda")
+    @unittest.skipUnless(EMULATED, "IFKV_EMU_BIN is not set: the CUDA half is not built for the emulated device")
+    def test_an_emulated_device_is_called_that(self):
+        for backend, device in [("cuda", "cuda on emulated device"), ("auto", "cpu on cpu")]:
+            done = self.run_tool("prefill", "--model", self.model, "--random-weights", "1", "--requests",
+                                 self.write_requests([request()]), "--out", self.path(backend), "--backend", backend,
+                                 tool=EMULATED)
+            self.assert_answer(done, 0)
+            self.assertIn(f"backend {device}", done.stdout.decode())
+
+    @unittest.skipUnless(EMULATED, "IFKV_EMU_BIN is not set: the CUDA half is not built for the emulated device")
+    def test_devices_too_old_too_few_or_too_small_are_named(self):
+        for setting, value, part in [("IFKV_EMU_ARCH", "7.5", "compute capability 7.5, expected 8.0"),
+                                     ("IFKV_EMU_DEVICES", "0", "no device is visible"),
+                                     ("IFKV_EMU_MEMORY", "1000000", "no memory")]:
+            with self.subTest(setting=setting):
+                done = self.run_tool("prefill", "--model", self.model, "--random-weights", "1", "--requests",
+                                     self.write_requests([request()]), "--out", self.path("out"), "--backend", "cuda",
+                                     tool=EMULATED, env={setting: value})
+                self.assert_answer(done, 69, "back end cuda", part)
 
     def test_conflicting_options_are_both_named(self):
         self.assert_answer(self.prefill([request()], "--resume", "--overwrite"), 2, "--resume", "--overwrite")
+
+    def test_reorder_is_refused_for_a_context_that_was_cut_unless_forced(self):
+        items = [request(id="cut", chunks=None, context=list(range(3, 40)))]
+        self.assert_answer(self.prefill(items, "--reorder"), 2, "reorder", "2048")
+        self.assert_answer(self.prefill([request()], "--reorder", "--chunk", "9"), 2, "reorder", "9")
+        self.assert_answer(self.prefill(items, "--reorder-force", "--chunk", "9"), 0)
+        self.assertEqual(sorted(self.results()[0]["chunk_order"]), [0, 1, 2, 3, 4])
+
+    def test_reorder_goes_with_methods_that_score_by_the_question(self):
+        for method in ["random", "cacheblend", "full", "ring"]:
+            with self.subTest(method=method):
+                self.assert_answer(self.prefill([request()], "--reorder", "--method", method), 2, "reorder", method)
+
+    def test_auto_tells_rates_estimates_and_choice_and_runs_it(self):
+        for ranks, exact in [(1, "full"), (3, "ring")]:
+            with self.subTest(ranks=ranks):
+                args = ["--method", "auto", "--exchange", "auto", "--comm", "thread", "--ranks", str(ranks)]
+                done = self.prefill([request(chunks=[[5, 6, 7], [8, 9] * 40])], *args, "--overwrite")
+                self.assertEqual(done.returncode, 0, done.stderr)
+                lines = [line for line in done.stderr.decode().splitlines() if "warning" not in line]
+                result = self.results()[0]
+                choice = result["auto"]
+                self.assertEqual(choice["exact"], exact)
+                faster = choice["infoflow_ms"] <= 0.97 * choice["exact_ms"]
+                self.assertEqual(result["method"], "infoflow" if faster else exact)
+                self.assertIn("rates of a rank: matmul", lines[0])
+                self.assertEqual("us a message" in lines[0], ranks > 1)
+                self.assertIn(f"method auto: {result['method']}: estimates: {exact} ", lines[1])
+                self.assertEqual(len(lines), 3 if faster else 2)
+                if faster:
+                    self.assertIn("exchange auto: delta", lines[2])
+        quiet = self.prefill([request()], "--method", "auto", "--quiet", "--overwrite")
+        self.assertEqual((quiet.returncode, quiet.stderr), (0, b""))
+
+    def test_a_choice_of_exchange_is_told_where_it_was_asked_for(self):
+        told = self.prefill([request()], "--exchange", "auto")
+        self.assertIn("exchange auto: delta: delta needs", told.stderr.decode())
+        silent = self.prefill([request()], "--overwrite")
+        self.assertEqual(silent.returncode, 0)
+        self.assertNotIn(b"exchange auto", silent.stderr)
+        self.assertIsNone(self.results()[0]["auto"])
+
+    def test_a_lent_prefix_goes_with_local_scoring(self):
+        self.assert_answer(self.prefill([request()], "--local-sink"), 2, "local-sink")
 
     def test_required_option_is_named(self):
         self.assert_answer(self.run_tool("prefill", "--model", self.model), 2, "--requests")
@@ -427,6 +492,7 @@ class Output(Tool):
             self.assertEqual(f["scores"].shape, (14,))
             self.assertEqual(f["selected"].dtype, np.int64)
             self.assertEqual(f.attrs["n_context"], 14)
+            self.assertEqual(f.attrs["rode"], b"score,prompt")
         index = []
         for name in line["kv"]:
             with h5py.File(os.path.join(out, name)) as f:
@@ -464,6 +530,28 @@ class Ranks(Tool):
             self.assertEqual(result["size"], mpi or (3 if args else 1))
             seen.add((result["selected_digest"], tuple(result["answer_ids"])))
         self.assertEqual(len(seen), 1)
+
+    def test_riding_changes_no_bit_over_mpi(self):
+        few = request(prefix=[], chunks=[[5], [6, 7]])  # fewer tokens than ranks
+        for item in [*self.ITEMS, few]:
+            for ranks in [2, 4, 7]:
+                found = {}
+                for ride, rode in [("none", []), ("score", ["score"]), ("prompt", ["prompt"]), ("both", ["score", "prompt"])]:
+                    with self.subTest(ranks=ranks, ride=ride):
+                        done = self.prefill([item], "--ratio", "0.4", "--ride", ride, "--save-logits", "--save-scores",
+                                            "--overwrite", mpi=ranks)
+                        self.assert_answer(done, 0)
+                        result = self.results()[0]
+                        self.assertEqual(result["rode"], rode)
+                        for stage in ["score", "prompt"]:
+                            self.assertEqual(result["ms"][stage] == 0, stage in rode)
+                        self.assertEqual(done.stdout.split().count(b"rode"), len(rode))
+                        with h5py.File(self.path("out/r.h5")) as f:
+                            arrays = [f[name][:] for name in ["first_logits", "scores", "selected", "answer_ids"]]
+                        found[ride] = arrays, result["bytes"]
+                        self.assertEqual(found[ride][1], found["none"][1])
+                        for got, want in zip(arrays, found["none"][0]):
+                            np.testing.assert_array_equal(got, want)
 
     def prefilled_exactly(self, item, *args, out, mpi=0):
         """Result, first logits, K and V [layer, 2, row, column] in order of the index."""

@@ -1,7 +1,8 @@
 /* Communicators: the same bodies over self, over threads of 1, 2, 3, 5 and 8 ranks, and with the
  * argument "mpi" over MPI, whole and in messages of 13 bytes.  Buffers hold patterns that name
  * sender, receiver and place, and a canary where nothing may be written; everything is compared
- * bitwise. */
+ * bitwise.  Built with a device (test_comm_device), the bodies move its memory: by what self,
+ * threads and MPI have for it, and with "nccl" and "nccl_mpi" by NCCL. */
 #include "test.h"
 
 #include "agree.h"
@@ -14,19 +15,83 @@ enum { CANARY = 0xa5, GAP = 5, MAX_SIZE = 64 };
 
 static ifkv_comm *world; /* opened by main under mpirun, else NULL */
 
+#if IFKV_TEST_DEVICE
+#include "device_backend.h"
+
+static bool is_nccl; /* device memory moves by NCCL */
+static _Thread_local ifkv_backend *device;
+
+/* The body over the communicator for a device's memory. */
+static ifkv_status on_device(ifkv_comm *comm, ifkv_rank_fn body) {
+    ifkv_comm *data = NULL;
+    ifkv_backend *before = device;
+    ifkv_status status = device_backend_open(ifkv_comm_node_rank(comm), &device);
+    IFKV_TRY(ifkv_comm_agree(comm, status, NULL));
+    comm->is_nccl = is_nccl;
+    status = ifkv_comm_attach(comm, device, true, &data);
+    if (!status) status = body(data, NULL);
+    ifkv_comm_detach(data);
+    device->ops->close(device);
+    device = before;
+    return status;
+}
+
+/* A buffer of the test as the communicator wants it: a copy in device memory, until take_back. */
+static void *lend(unsigned char *host, size_t bytes) {
+    void *data = NULL;
+    if (device->ops->alloc(device, bytes + 1, &data) ||
+        device->ops->upload(device, data, host, bytes))
+        abort();
+    device_backend_delay(device);
+    return data;
+}
+/* By a copy on the device, whose next operation must come behind the movement. */
+static bool look(const void *data, unsigned char *host, size_t bytes) {
+    void *copy = NULL;
+    if (device->ops->alloc(device, bytes + 1, &copy)) abort();
+    const bool ok = !device->ops->copy(device, copy, data, bytes) &&
+                    !device->ops->download(device, host, copy, bytes);
+    device->ops->free(device, copy);
+    return ok;
+}
+static void take_back(void *data, unsigned char *host, size_t bytes) {
+    look(data, host, bytes);
+    device->ops->free(device, data);
+}
+#else
+static ifkv_status on_device(ifkv_comm *comm, ifkv_rank_fn body) {
+    return body(comm, NULL);
+}
+static void *lend(unsigned char *host, size_t bytes) {
+    (void)bytes;
+    return host;
+}
+static bool look(const void *data, unsigned char *host, size_t bytes) {
+    (void)data, (void)host, (void)bytes;
+    return true;
+}
+static void take_back(void *data, unsigned char *host, size_t bytes) {
+    (void)data, (void)host, (void)bytes;
+}
+#endif
+
+static ifkv_status rank_main(ifkv_comm *comm, void *body) {
+    return on_device(comm, *(ifkv_rank_fn *)body);
+}
+
 static void over_all(ifkv_rank_fn body) {
     if (world) {
-        assert_ok(body(world, NULL));
+        assert_ok(on_device(world, body));
         return;
     }
     ifkv_comm *self = NULL;
     assert_ok(ifkv_comm_open("self", &self));
-    const ifkv_status status = body(self, NULL);
+    const ifkv_status status = on_device(self, body);
     ifkv_comm_close(self);
     assert_ok(status);
     static const int sizes[] = {1, 2, 3, 5, 8};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        assert_ok(ifkv_comm_thread_run(sizes[i], body, NULL));
+        assert_ok(ifkv_comm_thread_run(sizes[i], rank_main, &body));
 }
 
 /* Byte i of what `from` has for `to`. */
@@ -67,7 +132,9 @@ static ifkv_status check_bcast(ifkv_comm *comm, size_t bytes, int root) {
     const int rank = ifkv_comm_rank(comm);
     unsigned char *data = canaries(bytes + GAP);
     if (rank == root) fill(data, bytes, root, 0);
-    ifkv_status status = ifkv_comm_bcast(comm, data, bytes, root);
+    void *lent = lend(data, bytes + GAP);
+    ifkv_status status = ifkv_comm_bcast(comm, lent, bytes, root);
+    take_back(lent, data, bytes + GAP);
     const bool ok = holds(data, bytes, root, 0) && untouched(data + bytes, GAP);
     free(data);
     IFKV_TRY(status);
@@ -87,9 +154,20 @@ static void bcast_copies_the_root(void **state) {
     over_all(bcast_body);
 }
 
-/* Pieces of all ranks with gaps between them, in reverse order of rank. */
+enum { EVEN = -1, EVEN_WITH_GAPS = -2 };
+
+/* Pieces of all ranks with gaps between them, in reverse order of rank; or, in the rounds above, of
+ * one size in ascending order. */
 static size_t lay_out(int size, int round, size_t *bytes, size_t *offset) {
     size_t end = GAP;
+    if (round < 0) {
+        const size_t gap = round == EVEN ? 0 : GAP;
+        for (int r = 0; r < size; r++) {
+            bytes[r] = 4099;
+            offset[r] = GAP + (size_t)r * (4099 + gap);
+        }
+        return GAP + (size_t)size * (4099 + gap) + GAP;
+    }
     for (int r = size - 1; r >= 0; r--) {
         bytes[r] = awkward(r, 0, round);
         offset[r] = end;
@@ -103,13 +181,17 @@ static ifkv_status check_all_gather(ifkv_comm *comm, int round, bool is_in_place
     size_t bytes[MAX_SIZE], offset[MAX_SIZE];
     const size_t end = lay_out(size, round, bytes, offset);
     unsigned char *recv = canaries(end), *own = canaries(bytes[rank] + 1);
-    unsigned char *send = is_in_place ? recv + offset[rank] : own;
-    fill(send, bytes[rank], rank, round);
-    const ifkv_status status = ifkv_comm_all_gather(comm, send, recv, bytes, offset);
+    fill(is_in_place ? recv + offset[rank] : own, bytes[rank], rank, round);
+    char *lent = lend(recv, end), *lent_own = lend(own, bytes[rank] + 1);
+    const ifkv_status status = ifkv_comm_all_gather(
+        comm, is_in_place ? lent + offset[rank] : lent_own, lent, bytes, offset);
+    take_back(lent, recv, end);
+    take_back(lent_own, own, bytes[rank] + 1);
     bool ok = untouched(recv, GAP);
     for (int r = 0; r < size; r++)
         ok = ok && holds(recv + offset[r], bytes[r], r, round) &&
-             untouched(recv + offset[r] + bytes[r], GAP);
+             (round == EVEN || untouched(recv + offset[r] + bytes[r], GAP));
+    ok = ok && untouched(recv + end - GAP, GAP);
     free(own);
     free(recv);
     IFKV_TRY(status);
@@ -118,7 +200,7 @@ static ifkv_status check_all_gather(ifkv_comm *comm, int round, bool is_in_place
 
 static ifkv_status all_gather_body(ifkv_comm *comm, void *arg) {
     (void)arg;
-    for (int round = 0; round < 11; round++) {
+    for (int round = EVEN_WITH_GAPS; round < 11; round++) {
         IFKV_TRY(check_all_gather(comm, round, false));
         IFKV_TRY(check_all_gather(comm, round, true));
     }
@@ -144,8 +226,11 @@ static ifkv_status check_all_to_all(ifkv_comm *comm, int round) {
     }
     unsigned char *send = canaries(out_end), *recv = canaries(in_end);
     for (int r = 0; r < size; r++) fill(send + out_offset[r], out[r], rank, r);
+    void *lent = lend(send, out_end), *lent_recv = lend(recv, in_end);
     const ifkv_status status =
-        ifkv_comm_all_to_all(comm, send, out, out_offset, recv, in, in_offset);
+        ifkv_comm_all_to_all(comm, lent, out, out_offset, lent_recv, in, in_offset);
+    take_back(lent_recv, recv, in_end);
+    take_back(lent, send, out_end);
     bool ok = untouched(recv, GAP);
     for (int r = 0; r < size; r++)
         ok = ok && holds(recv + in_offset[r], in[r], r, rank) &&
@@ -168,6 +253,10 @@ static void all_to_all_delivers_by_sender_and_receiver(void **state) {
     over_all(all_to_all_body);
 }
 
+static int64_t *received(ifkv_comm *comm) {
+    return &(comm->control ? comm->control : comm)->bytes_received;
+}
+
 /* Send to the rank `hops` further on, which gets by number of rank and round its awkward bytes. */
 static ifkv_status check_shift(ifkv_comm *comm, int hops, int round) {
     const int size = ifkv_comm_size(comm), rank = ifkv_comm_rank(comm);
@@ -175,14 +264,17 @@ static ifkv_status check_shift(ifkv_comm *comm, int hops, int round) {
     const size_t out = awkward(rank, to, round), in = awkward(from, rank, round);
     unsigned char *send = canaries(out + 1), *recv = canaries(in + 2 * GAP);
     fill(send, out, rank, to);
-    const int64_t before = comm->bytes_received;
-    ifkv_status status = ifkv_comm_shift_begin(comm, send, out, to, recv + GAP, in, from);
+    char *lent = lend(send, out + 1), *lent_recv = lend(recv, in + 2 * GAP);
+    const int64_t before = *received(comm);
+    ifkv_status status = ifkv_comm_shift_begin(comm, lent, out, to, lent_recv + GAP, in, from);
     /* what is on its way may still be read */
-    bool ok = holds(send, out, rank, to) && comm->bytes_received == before;
+    bool ok = look(lent, send, out + 1) && holds(send, out, rank, to) && *received(comm) == before;
     if (!status) status = ifkv_comm_shift_wait(comm);
+    take_back(lent_recv, recv, in + 2 * GAP);
+    take_back(lent, send, out + 1);
     ok = ok && holds(recv + GAP, in, from, rank) && untouched(recv, GAP) &&
          untouched(recv + GAP + in, GAP) &&
-         comm->bytes_received == before + (from == rank ? 0 : (int64_t)in);
+         *received(comm) == before + (from == rank ? 0 : (int64_t)in);
     free(recv);
     free(send);
     IFKV_TRY(status);
@@ -209,14 +301,16 @@ static ifkv_status ring_body(ifkv_comm *comm, void *arg) {
     const int size = ifkv_comm_size(comm), rank = ifkv_comm_rank(comm), round = 2;
     unsigned char *block[2] = {canaries(65537), canaries(65537)};
     fill(block[0], awkward(rank, 0, round), rank, 0);
+    void *lent[2] = {lend(block[0], 65537), lend(block[1], 65537)};
     ifkv_status status = IFKV_OK;
     for (int hop = 0; hop < size && status == IFKV_OK; hop++) {
         const int held = (rank + size - hop) % size, coming = (held + size - 1) % size;
-        status = ifkv_comm_shift_begin(comm, block[hop % 2], awkward(held, 0, round),
-                                       (rank + 1) % size, block[(hop + 1) % 2],
+        status = ifkv_comm_shift_begin(comm, lent[hop % 2], awkward(held, 0, round),
+                                       (rank + 1) % size, lent[(hop + 1) % 2],
                                        awkward(coming, 0, round), (rank + size - 1) % size);
         if (!status) status = ifkv_comm_shift_wait(comm);
     }
+    for (int i = 0; i < 2; i++) take_back(lent[i], block[i], 65537);
     const bool ok = holds(block[size % 2], awkward(rank, 0, round), rank, 0);
     free(block[0]);
     free(block[1]);
@@ -234,18 +328,20 @@ static void shifts_round_the_ring_come_home(void **state) {
 static ifkv_status misuse_body(ifkv_comm *comm, void *arg) {
     (void)arg;
     const int size = ifkv_comm_size(comm), rank = ifkv_comm_rank(comm);
-    unsigned char a = 0, b = 0;
+    unsigned char bytes[2] = {0, 0};
+    char *a = lend(bytes, 2), *b = a + 1;
     bool ok = ifkv_comm_shift_wait(comm) == IFKV_ERR_USAGE;
-    ok = ok && ifkv_comm_shift_begin(comm, &a, 1, size, &b, 1, size) == IFKV_ERR_USAGE;
-    ok = ok && ifkv_comm_shift_begin(comm, &a, 1, -1, &b, 1, rank) == IFKV_ERR_USAGE;
-    ok = ok && ifkv_comm_shift_begin(comm, NULL, 1, rank, &b, 1, rank) == IFKV_ERR_USAGE;
-    ok = ok && ifkv_comm_shift_begin(comm, &a, 1, rank, NULL, 1, rank) == IFKV_ERR_USAGE;
+    ok = ok && ifkv_comm_shift_begin(comm, a, 1, size, b, 1, size) == IFKV_ERR_USAGE;
+    ok = ok && ifkv_comm_shift_begin(comm, a, 1, -1, b, 1, rank) == IFKV_ERR_USAGE;
+    ok = ok && ifkv_comm_shift_begin(comm, NULL, 1, rank, b, 1, rank) == IFKV_ERR_USAGE;
+    ok = ok && ifkv_comm_shift_begin(comm, a, 1, rank, NULL, 1, rank) == IFKV_ERR_USAGE;
     if (size > 1)
         ok = ok &&
-             ifkv_comm_shift_begin(comm, &a, 1, rank, &b, 1, (rank + 1) % size) == IFKV_ERR_USAGE;
-    ok = ok && ifkv_comm_shift_begin(comm, &a, 1, rank, &b, 1, rank) == IFKV_OK;
-    ok = ok && ifkv_comm_shift_begin(comm, &a, 1, rank, &b, 1, rank) == IFKV_ERR_USAGE;
+             ifkv_comm_shift_begin(comm, a, 1, rank, b, 1, (rank + 1) % size) == IFKV_ERR_USAGE;
+    ok = ok && ifkv_comm_shift_begin(comm, a, 1, rank, b, 1, rank) == IFKV_OK;
+    ok = ok && ifkv_comm_shift_begin(comm, a, 1, rank, b, 1, rank) == IFKV_ERR_USAGE;
     ok = ok && ifkv_last_error()->code == IFKV_E_STATE && ifkv_comm_shift_wait(comm) == IFKV_OK;
+    take_back(a, bytes, 2);
     IFKV_TRY(agree_true(comm, ok));
     return check_shift(comm, 1, 4);
 }
@@ -425,23 +521,26 @@ static ifkv_status count_body(ifkv_comm *comm, void *arg) {
         if (r != rank) gathered += (int64_t)bytes[r];
         if (r != rank) exchanged += (int64_t)in[r];
     }
-    const size_t nowhere[MAX_SIZE] = {0};
-    comm->bytes_received = 0;
+    const size_t nowhere[MAX_SIZE] = {0}, room = (size_t)size * 2 * 65537;
+    void *lent = lend(buffer, room), *lent_send = lend(send, 65537);
+    *received(comm) = 0;
     ifkv_status status = ifkv_comm_barrier(comm);
     if (!status) status = ifkv_comm_all_reduce_i64(comm, &value, 1, IFKV_REDUCE_SUM);
     if (!status) status = ifkv_comm_same(comm, 7, "seven");
     if (!status) status = ifkv_comm_agree(comm, IFKV_OK, NULL);
-    bool ok = comm->bytes_received == 0;
-    if (!status) status = ifkv_comm_bcast(comm, buffer, 1001, size - 1);
-    ok = ok && comm->bytes_received == (rank == size - 1 ? 0 : 1001);
-    comm->bytes_received = 0;
+    bool ok = *received(comm) == 0;
+    if (!status) status = ifkv_comm_bcast(comm, lent, 1001, size - 1);
+    ok = ok && *received(comm) == (rank == size - 1 ? 0 : 1001);
+    *received(comm) = 0;
     if (!status) status = ifkv_comm_gather(comm, send, 77, buffer);
-    ok = ok && comm->bytes_received == 77 * (int64_t)(size - 1);
-    comm->bytes_received = 0;
-    if (!status) status = ifkv_comm_all_gather(comm, send, buffer, bytes, offset);
-    ok = ok && comm->bytes_received == gathered;
-    if (!status) status = ifkv_comm_all_to_all(comm, send, out, nowhere, buffer, in, place);
-    ok = ok && comm->bytes_received == gathered + exchanged;
+    ok = ok && *received(comm) == 77 * (int64_t)(size - 1);
+    *received(comm) = 0;
+    if (!status) status = ifkv_comm_all_gather(comm, lent_send, lent, bytes, offset);
+    ok = ok && *received(comm) == gathered;
+    if (!status) status = ifkv_comm_all_to_all(comm, lent_send, out, nowhere, lent, in, place);
+    ok = ok && *received(comm) == gathered + exchanged;
+    take_back(lent, buffer, room);
+    take_back(lent_send, send, 65537);
     free(send);
     free(buffer);
     IFKV_TRY(status);
@@ -496,21 +595,27 @@ static void ranks_are_numbered_and_share_a_node(void **state) {
     over_all(describe_body);
 }
 
+static ifkv_status one_all_to_all_body(ifkv_comm *comm, void *arg) {
+    (void)arg;
+    return check_all_to_all(comm, 2);
+}
+
 /* A second communicator inside the first: a group of threads within a rank, or a second duplicate.
  */
 static ifkv_status second_body(ifkv_comm *comm, void *arg) {
     (void)arg;
-    ifkv_comm *other = NULL;
-    comm->bytes_received = 3;
-    IFKV_TRY(ifkv_comm_open(!strcmp(ifkv_comm_name(comm), "mpi") ? "mpi" : "self", &other));
-    ifkv_status status = check_all_to_all(other, 2);
+    ifkv_comm *other = NULL, *control = comm->control ? comm->control : comm;
+    *received(comm) = 3;
+    IFKV_TRY(ifkv_comm_open(world ? "mpi" : "self", &other));
+    ifkv_status status = on_device(other, one_all_to_all_body);
     if (!status) status = check_bcast(comm, 13, 0);
-    const bool ok = comm->bytes_received == 3 + (ifkv_comm_rank(comm) ? 13 : 0) + 0;
+    const bool ok = *received(comm) == 3 + (ifkv_comm_rank(comm) ? 13 : 0) + 0;
     ifkv_comm_close(other);
     IFKV_TRY(status);
     IFKV_TRY(agree_true(comm, ok));
-    if (!strcmp(ifkv_comm_name(comm), "thread"))
-        IFKV_TRY(agree_ok(comm, ifkv_comm_thread_run(3, all_to_all_body, NULL)));
+    ifkv_rank_fn body = all_to_all_body;
+    if (!strcmp(ifkv_comm_name(control), "thread"))
+        IFKV_TRY(agree_ok(comm, ifkv_comm_thread_run(3, rank_main, &body)));
     return check_all_gather(comm, 1, false);
 }
 
@@ -548,13 +653,17 @@ static int run_mpi(int *argc, char ***argv) {
     MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &level);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     if (rank > 0 && !freopen("/dev/null", "w", stdout)) MPI_Abort(MPI_COMM_WORLD, 1);
+#if IFKV_TEST_DEVICE
+    static const size_t max_message[] = {1 << 30, 4093}; /* a message waits for its device */
+#else
     static const size_t max_message[] = {1 << 30, 13};
+#endif
     for (size_t i = 0; i < sizeof max_message / sizeof *max_message; i++) {
         if (ifkv_comm_mpi_open_chunked(max_message[i], &world) != IFKV_OK) {
             fprintf(stderr, "rank %d: %s\n", rank, ifkv_last_error()->text);
             MPI_Abort(MPI_COMM_WORLD, 1);
         }
-        n_failed += run_all(i ? "comm mpi, messages of 13 bytes" : "comm mpi");
+        n_failed += run_all(i ? "comm mpi, short messages" : "comm mpi");
         ifkv_comm_close(world);
     }
     MPI_Allreduce(MPI_IN_PLACE, &n_failed, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
@@ -564,9 +673,14 @@ static int run_mpi(int *argc, char ***argv) {
 #endif
 
 int main(int argc, char **argv) {
-    if (argc < 2) return run_all("comm self and thread");
+    const char *over = argc > 1 ? argv[1] : "";
+#if IFKV_TEST_DEVICE
+    is_nccl = !strncmp(over, "nccl", 4);
+    if (is_nccl) over += strlen(over) > 5 ? 5 : 4; /* "nccl" or "nccl_mpi" */
+#endif
+    if (!*over) return run_all("comm self and thread");
 #if IFKV_HAVE_MPI
-    if (!strcmp(argv[1], "mpi")) return run_mpi(&argc, &argv);
+    if (!strcmp(over, "mpi")) return run_mpi(&argc, &argv);
 #endif
     fprintf(stderr, "usage: %s [mpi]\n", argv[0]);
     return 2;

@@ -4,8 +4,9 @@
  * purpose: a chunk of one token, fewer chunks than ranks, one chunk, no prefix, a prompt of one
  * token, a question that is not the prompt.  Ranks are threads: 1, 2, 3, 5 and 8 of them.
  * Not here: I13 of one operation, I18's question mass (test_backend); I25 of one exchange
- * (test_exchange); I6's store and I26 (test_reuse); I19 and cacheblend (test_selectors); I17, I20,
- * I21's keep selectors, I27: the forms that they compare do not exist yet. */
+ * (test_exchange); I6's store and I26 (test_reuse); I17 (test_ride); I19 and cacheblend
+ * (test_selectors); I20 (test_reorder); I21's keep selectors, I27: the forms that they compare do
+ * not exist yet. */
 #include "tiny.h"
 
 #include "agree.h"
@@ -324,8 +325,9 @@ static void i08_recompute_twice_changes_no_bit(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++)
         for (int s = 0; s < N_SIZE; s++) {
-            tiny_run run =
-                run_of(&cases[c], (ifkv_prefill_options){.ratio = "0.4", .exchange = exact[s % 2]});
+            tiny_run run = run_of(
+                &cases[c],
+                (ifkv_prefill_options){.ratio = "0.4", .exchange = exact[s % 2], .ride = "score"});
             run.after = recompute_again;
             assert_ok(tiny_run_on(sizes[s], &run));
             tiny_run_fini(&run);
@@ -849,8 +851,8 @@ static void i16_placement_changes_no_result(void **state) {
 }
 
 static int n_score_layers(const pipeline_case *it) {
-    const int n = it->shape->n_layer, first = 11 * n / 20; /* all shapes have fewer than 26 */
-    return first + 4 < n ? 4 : n - first;
+    const int n = it->shape->n_layer; /* wide */
+    return (5 * n / 6 - n / 3) / 3 + 1;
 }
 
 static void i18_score_forms_bound_each_other(void **state) {
@@ -1017,6 +1019,15 @@ static void i23_error_on_one_rank_stops_all(void **state) {
     for (size_t i = 0; i < sizeof odds / sizeof *odds; i++)
         for (int rank = 0; rank < 3; rank += 2)
             assert_all_stop(&cases[0], &odds[i], (ifkv_prefill_options){.ratio = "0.2"}, 3, rank);
+    static const odd_rank first_look = {"NaN in the first look",
+                                        {.reorder = "on"},
+                                        IFKV_ERR_NUMERIC,
+                                        IFKV_E_NOT_FINITE,
+                                        0,
+                                        0,
+                                        0,
+                                        spoil_weights};
+    assert_all_stop(&cases[0], &first_look, (ifkv_prefill_options){.reorder = "on"}, 3, 1);
 }
 
 static void i23_options_that_differ_stop_all(void **state) {
@@ -1038,6 +1049,7 @@ static void i23_options_that_differ_stop_all(void **state) {
         ODD("method random", .method = "random"),
         ODD("method full", .method = "full"),
         ODD("method ring", .method = "ring"),
+        ODD("method auto", .method = "auto"),
         ODD("method cacheblend", .method = "cacheblend"),
         ODD("exchange", .exchange = "local"),
         ODD("exchange of auto", .exchange = "query"),
@@ -1045,9 +1057,14 @@ static void i23_options_that_differ_stop_all(void **state) {
         ODD("score_rows", .score_rows = "prompt"),
         ODD("score_layers", .score_layers = "0"),
         ODD("geometry", .geometry = "hl-tp"),
+        ODD("scoring", .scoring = "local"),
+        ODD("reorder", .reorder = "on"),
+        ODD("refit", .refit = true),
         ODD("placement", .placement = "contiguous"),
         ODD("chunk", .chunk = 19),
         ODD("selected", .selected = some, .n_selected = 3),
+        ODD("ride of the prompt", .ride = "score"),
+        ODD("ride of scores", .ride = "prompt"),
 #undef ODD
         {"ratio", {.ratio = "0.3", .max_new = 2}, IFKV_ERR_INTERNAL, IFKV_E_DIVERGED, 0, 0, 0, 0},
         {"max_new", {.ratio = "0.2", .max_new = 4}, IFKV_ERR_INTERNAL, IFKV_E_DIVERGED, 0, 0, 0, 0},
@@ -1083,6 +1100,15 @@ static void i23_options_that_differ_stop_all(void **state) {
         "seed", {.method = "random", .seed = 2}, IFKV_ERR_INTERNAL, IFKV_E_DIVERGED, 0, 0, 0, NULL};
     assert_all_stop(&cases[0], &random, (ifkv_prefill_options){.method = "random", .seed = 1}, 3,
                     1);
+    static const odd_rank lent = {"sink",
+                                  {.scoring = "local", .local_sink = true},
+                                  IFKV_ERR_INTERNAL,
+                                  IFKV_E_DIVERGED,
+                                  0,
+                                  0,
+                                  0,
+                                  NULL};
+    assert_all_stop(&cases[0], &lent, (ifkv_prefill_options){.scoring = "local"}, 3, 1);
     static const odd_rank given = {"selected rows",
                                    {.selected = other, .n_selected = 3},
                                    IFKV_ERR_INTERNAL,
@@ -1217,8 +1243,9 @@ static void i25_counted_bytes_equal_section_3(void **state) {
     for (int c = 0; c < N_CASE - 1; c++) /* the last one selects nothing */
         for (int s = 0; s < N_SIZE; s++)
             for (int e = 0; e < 4; e++) {
-                tiny_run run =
-                    run_of(&cases[c], (ifkv_prefill_options){.ratio = "0.4", .exchange = names[e]});
+                tiny_run run = run_of(
+                    &cases[c],
+                    (ifkv_prefill_options){.ratio = "0.4", .exchange = names[e], .ride = "none"});
                 run.after = counts_as_planned;
                 assert_ok(tiny_run_on(sizes[s], &run));
                 tiny_run_fini(&run);
@@ -1235,8 +1262,9 @@ static void i25_empty_selection_moves_nothing(void **state) {
     static const char *const names[] = {"query", "delta", "kv", "local"};
     for (int c = 0; c < N_CASE; c++)
         for (int e = 0; e < 4; e++) {
-            tiny_run run =
-                run_of(&cases[c], (ifkv_prefill_options){.ratio = "0", .exchange = names[e]});
+            tiny_run run = run_of(
+                &cases[c],
+                (ifkv_prefill_options){.ratio = "0", .exchange = names[e], .ride = "prompt"});
             run.after = received_nothing;
             assert_ok(tiny_run_on(5, &run));
             tiny_run_fini(&run);

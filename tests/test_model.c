@@ -737,13 +737,19 @@ static ifkv_weight_plan smol_plan(void) {
     return plan;
 }
 
+static void draw(const ifkv_weight_plan *plan, uint64_t seed, ifkv_weight_kind kind, int layer,
+                 int64_t first, int64_t n, float *to) {
+    const ifkv_draw stream = ifkv_weights_stream(plan, seed, kind, layer);
+    ifkv_weights_draw(&stream, first, n, to);
+}
+
 static void drawn_elements_do_not_depend_on_the_block(void **state) {
     const ifkv_weight_plan plan = smol_plan();
     float whole[1000], part[1000];
     (void)state;
-    ifkv_weights_draw(&plan, 5, IFKV_WEIGHT_Q, 3, 0, 1000, whole);
+    draw(&plan, 5, IFKV_WEIGHT_Q, 3, 0, 1000, whole);
     for (int i = 0; i < 1000; i += 77)
-        ifkv_weights_draw(&plan, 5, IFKV_WEIGHT_Q, 3, i, 1000 - i < 77 ? 1000 - i : 77, part + i);
+        draw(&plan, 5, IFKV_WEIGHT_Q, 3, i, 1000 - i < 77 ? 1000 - i : 77, part + i);
     assert_memory_equal(whole, part, sizeof whole);
 }
 
@@ -751,7 +757,7 @@ static void drawn_weights_are_the_same_on_every_machine(void **state) {
     const ifkv_weight_plan plan = smol_plan();
     float got[3];
     (void)state;
-    ifkv_weights_draw(&plan, 1, IFKV_WEIGHT_Q, 0, 0, 3, got);
+    draw(&plan, 1, IFKV_WEIGHT_Q, 0, 0, 3, got);
     assert_true(got[0] == -0x1.76b17p-5f && got[1] == -0x1.2eac54p-3f && got[2] == 0x1.ea1872p-4f);
 }
 
@@ -759,10 +765,10 @@ static void drawn_tensors_differ_by_seed_layer_and_kind(void **state) {
     const ifkv_weight_plan plan = smol_plan();
     float got[4];
     (void)state;
-    ifkv_weights_draw(&plan, 1, IFKV_WEIGHT_GATE, 0, 0, 1, &got[0]);
-    ifkv_weights_draw(&plan, 2, IFKV_WEIGHT_GATE, 0, 0, 1, &got[1]);
-    ifkv_weights_draw(&plan, 1, IFKV_WEIGHT_GATE, 1, 0, 1, &got[2]);
-    ifkv_weights_draw(&plan, 1, IFKV_WEIGHT_UP, 0, 0, 1, &got[3]);
+    draw(&plan, 1, IFKV_WEIGHT_GATE, 0, 0, 1, &got[0]);
+    draw(&plan, 2, IFKV_WEIGHT_GATE, 0, 0, 1, &got[1]);
+    draw(&plan, 1, IFKV_WEIGHT_GATE, 1, 0, 1, &got[2]);
+    draw(&plan, 1, IFKV_WEIGHT_UP, 0, 0, 1, &got[3]);
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < i; k++) assert_true(got[i] != got[k]);
 }
@@ -774,7 +780,7 @@ static void drawn_weights_have_the_stated_spread(void **state) {
     float *got = malloc(N * sizeof *got);
     double sum = 0, square = 0;
     (void)state;
-    ifkv_weights_draw(&plan, 1, IFKV_WEIGHT_UP, 0, 0, N, got);
+    draw(&plan, 1, IFKV_WEIGHT_UP, 0, 0, N, got);
     for (int i = 0; i < N; i++) {
         sum += (double)got[i];
         square += (double)got[i] * (double)got[i];

@@ -237,10 +237,11 @@ static void the_key_depends_on_model_request_and_run(void **state) {
 static void a_result_line_has_exactly_the_fields_of_the_contract(void **state) {
     (void)state;
     static const char *const names[] = {
-        "id",        "answers",  "meta",     "answer_ids", "finish",
-        "method",    "exchange", "backend",  "comm",       "size",
-        "n_context", "n_chunk",  "n_prompt", "n_selected", "selected_digest",
-        "ms",        "rode",     "bytes",    "memory",     "store"};
+        "id",          "answers",  "meta",     "answer_ids", "finish",
+        "method",      "exchange", "backend",  "comm",       "size",
+        "n_context",   "n_chunk",  "n_prompt", "n_selected", "selected_digest",
+        "ms",          "rode",     "bytes",    "memory",     "store",
+        "chunk_order", "auto"};
     write_run(IFKV_OUTPUT_FRESH, 3);
     json_t *line = json_line("results.jsonl", 0);
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)

@@ -236,6 +236,18 @@ static int back_and_forth(int64_t turn, int size) {
     return seat < size ? seat : 2 * size - 1 - seat;
 }
 
+/* So what is planned for a bound holds what turns out to be less (reorder). */
+static void a_share_of_fewer_rows_is_never_larger(void **state) {
+    (void)state;
+    for (int size = 1; size <= 8; size++)
+        for (int r = 0; r < size; r++)
+            for (int64_t k = 1, last = 0; k < 256 * size + 200; k++) {
+                const int64_t n = ifkv_deal_count(k, size, r);
+                assert_true(n >= last);
+                last = n;
+            }
+}
+
 static void few_rows_are_dealt_one_by_one_back_and_forth(void **state) {
     (void)state;
     for (int size = 1; size <= 8; size++)
@@ -275,6 +287,38 @@ static void even_blocks_are_even_and_cover(void **state) {
         }
 }
 
+/* No rank's number of rows changes, whatever the order. */
+static void reordered_documents_stay_on_their_ranks(void **state) {
+    (void)state;
+    static const int64_t length[] = {7, 2, 9, 4}, order[] = {2, 0, 3, 1};
+    const int64_t offsets[] = {0, 7, 9, 18, 22};
+    for (int64_t n_prefix = 0; n_prefix <= 3; n_prefix += 3)
+        for (int size = 1; size <= 5; size++) {
+            ifkv_placement was, now;
+            assert_ok(ifkv_placement_init(&was, IFKV_PLACE_ZIGZAG, size, n_prefix, 4, offsets,
+                                          (ifkv_encode_cost){0, 0}));
+            assert_ok(ifkv_placement_init(&now, IFKV_PLACE_ZIGZAG, size, n_prefix, 4, offsets,
+                                          (ifkv_encode_cost){0, 0}));
+            assert_ok(ifkv_placement_split_prefix(&now));
+            const int64_t first = ifkv_placement_first_document(&now);
+            assert_int_equal(first, n_prefix > 0);
+            assert_ok(ifkv_placement_reorder(&now, order));
+            int64_t at = n_prefix;
+            for (int i = 0; i < 4; at += length[order[i++]]) {
+                assert_int_equal(now.offset[first + i], at);
+                assert_int_equal(now.rank[first + i], was.rank[order[i]]);
+            }
+            assert_int_equal(now.offset[now.n_chunk], now.n_context);
+            assert_int_equal(now.n_context, was.n_context);
+            if (n_prefix) assert_int_equal(now.rank[0], was.rank[0]);
+            for (int r = 0; r < size; r++)
+                assert_int_equal(ifkv_placement_kept_rows(&now, r),
+                                 ifkv_placement_kept_rows(&was, r));
+            ifkv_placement_fini(&was);
+            ifkv_placement_fini(&now);
+        }
+}
+
 static void auto_leaves_zigzag_for_a_gain_above_5_percent_only(void **state) {
     (void)state;
     /* equal chunks: nothing to gain */
@@ -298,6 +342,7 @@ int main(void) {
         cmocka_unit_test(zigzag_pairs_slice_r_with_2p_minus_1_minus_r),
         cmocka_unit_test(slots_are_the_shard_rows_of_a_rank_s_chunks),
         cmocka_unit_test(zigzag_goes_by_the_middle_of_a_chunk),
+        cmocka_unit_test(reordered_documents_stay_on_their_ranks),
         cmocka_unit_test(auto_leaves_zigzag_for_a_gain_above_5_percent_only),
         cmocka_unit_test(contiguous_keeps_order),
         cmocka_unit_test(longest_goes_to_the_least_loaded_rank),
@@ -309,6 +354,7 @@ int main(void) {
         cmocka_unit_test(counts_add_up_and_owners_hold_their_chunks),
         cmocka_unit_test(tail_rows_go_round_in_blocks_of_256),
         cmocka_unit_test(dealt_counts_differ_by_at_most_one),
+        cmocka_unit_test(a_share_of_fewer_rows_is_never_larger),
         cmocka_unit_test(few_rows_are_dealt_one_by_one_back_and_forth),
         cmocka_unit_test(many_rows_are_dealt_in_units_of_64),
         cmocka_unit_test(even_blocks_are_even_and_cover),

@@ -45,7 +45,7 @@ static tiny_request request_of(int64_t n_chunk, const int64_t *length) {
 
 static quality_case open_case(const tiny_request *request) {
     quality_case it;
-    assert_ok(quality_open(engine, &request->request, 0, MAX_ANSWER, gold, N_GOLD, &it));
+    assert_ok(quality_open(engine, &request->request, 0, MAX_ANSWER, gold, N_GOLD, NULL, &it));
     return it;
 }
 
@@ -182,6 +182,77 @@ static void heads_come_before_scores(void **state) {
     tiny_request_fini(&request);
 }
 
+static bool same_measure(const quality_result *a, const quality_result *b, int n_layer) {
+    const size_t bytes = (size_t)n_layer * sizeof(double);
+    return a->kl_first == b->kl_first && a->kl_greedy == b->kl_greedy && a->kl_gold == b->kl_gold &&
+           a->nll_gold == b->nll_gold && !memcmp(a->k_error, b->k_error, bytes) &&
+           !memcmp(a->v_error, b->v_error, bytes);
+}
+
+/* The file is read instead of running: bits are those of the run, and a file that is cut is no
+ * file. */
+static void a_snapshot_is_what_was_run(void **state) {
+    (void)state;
+    tiny_request request = request_of(4, (int64_t[]){21, 9, 30, 16});
+    const char *path = path_in(dir, "request.snapshot");
+    const quality_config config = {.method = "infoflow", .ratio = "0.2"};
+    quality_case plain = open_case(&request), it;
+    quality_result want = measure(&plain, config);
+    for (int i = 0; i < 2; i++) { /* written, then read */
+        assert_ok(quality_open(engine, &request.request, 0, MAX_ANSWER, gold, N_GOLD, path, &it));
+        quality_result got = measure(&it, config);
+        assert_true(same_measure(&got, &want, it.n_layer));
+        quality_result_fini(&got);
+        quality_close(&it);
+    }
+    FILE *file = fopen(path, "r+b");
+    assert_non_null(file);
+    assert_int_equal(fseek(file, -1, SEEK_END), 0);
+    assert_int_equal(ftruncate(fileno(file), ftell(file)), 0);
+    fclose(file);
+    assert_fails(quality_open(engine, &request.request, 0, MAX_ANSWER, gold, N_GOLD, path, &it),
+                 IFKV_ERR_DATA, IFKV_E_VALUE, "no snapshot");
+    quality_result_fini(&want);
+    quality_close(&plain);
+    tiny_request_fini(&request);
+}
+
+/* Selected rows are part of all rows; of none, nothing is measured; of all, they are right at the
+ * end and were not before. */
+static void errors_of_selected_rows_are_before_and_after(void **state) {
+    (void)state;
+    tiny_request request = request_of(3, (int64_t[]){12, 40, 19});
+    quality_case it = open_case(&request);
+    quality_result all = measure(&it, (quality_config){.method = "all"}),
+                   none = measure(&it, (quality_config){.method = "none"});
+    for (int i = 0; i < 2; i++) {
+        assert_true(none.stale_error[i] == 0 && none.fresh_error[i] == 0);
+        assert_within(all.fresh_error[i], TINY_TOLERANCE);
+        assert_true(all.stale_error[i] > 1e-3);
+    }
+    quality_result_fini(&all);
+    quality_result_fini(&none);
+    quality_close(&it);
+    tiny_request_fini(&request);
+}
+
+/* The option reaches the library: the same rows, with other K/V around them. */
+static void refit_moves_other_rows_than_the_selected(void **state) {
+    (void)state;
+    tiny_request request = request_of(3, (int64_t[]){12, 40, 19});
+    quality_case it = open_case(&request);
+    quality_config config = {.method = "infoflow", .ratio = "0.3"};
+    quality_result plain = measure(&it, config);
+    config.has_refit = true;
+    quality_result refit = measure(&it, config);
+    assert_true(refit.selected_digest == plain.selected_digest);
+    assert_true(refit.v_error[it.n_layer - 1] != plain.v_error[it.n_layer - 1]);
+    quality_result_fini(&plain);
+    quality_result_fini(&refit);
+    quality_close(&it);
+    tiny_request_fini(&request);
+}
+
 static int64_t count_lines(const char *path) {
     FILE *file = fopen(path, "rb");
     assert_non_null(file);
@@ -257,6 +328,9 @@ int main(void) {
         cmocka_unit_test(forced_logits_are_those_of_decoding),
         cmocka_unit_test(combined_layers_select_what_infoflow_selects),
         cmocka_unit_test(heads_come_before_scores),
+        cmocka_unit_test(a_snapshot_is_what_was_run),
+        cmocka_unit_test(errors_of_selected_rows_are_before_and_after),
+        cmocka_unit_test(refit_moves_other_rows_than_the_selected),
         cmocka_unit_test(an_interrupted_run_resumes),
         cmocka_unit_test(bad_configurations_are_refused_by_line),
     };

@@ -88,17 +88,21 @@ class Report(unittest.TestCase):
                       line_of("none", question, position, 1.0 * scale, [1], method="none"),
                       line_of("luck", question, position, 0.9 * scale, method="random", ratio="0.15"),
                       line_of("old", question, position, 0.5 * scale, method="infoflow", layers="published", ratio="0.15"),
-                      line_of("new", question, position, 0.25 * scale, method="infoflow", layers="wide", ratio="0.15")]
+                      line_of("new", question, position, 0.25 * scale, method="infoflow", layers="wide", ratio="0.15"),
+                      line_of("old refit", question, position, 0.1 * scale, method="infoflow", layers="published", ratio="0.15", refit=True),
+                      line_of("luck refit", question, position, 0.6 * scale, method="random", ratio="0.15", refit=True)]
         lines.append(line_of("full", "d", 3, 0.0, [0], method="full"))  # without the others: left out
         rows = {row[0]: row for row in self.report(lines)}
         self.assertEqual(rows["full"][5:9], ["1.000", "1.00", "100 [100, 100]", "100 [100, 100]"])
         self.assertEqual(rows["none"][5:9], ["0.000", "0.00", "0 [0, 0]", "0 [0, 0]"])
         self.assertEqual(rows["new"][2:9], ["0.5000", "0.5000", "2.000", "–", "–", "75 [75, 75]", "75 [75, 75]"])
-        self.assertEqual(rows["new"][11:13], ["10", "25 [25, 25]"])
+        self.assertEqual(rows["new"][11:16], ["10", "25 [25, 25]", "25 [25, 25]", "–", "–"])
+        self.assertEqual(rows["old refit"][11:16], ["10"] + ["40 [40, 40]"] * 4)
+        self.assertEqual(rows["luck refit"][14:16], ["30 [30, 30]"] * 2)
         with h5py.File(self.folder / "table.h5") as file:
-            self.assertEqual(file["kl_greedy"].shape, (5, 3))
+            self.assertEqual(file["kl_greedy"].shape, (7, 3))
             self.assertEqual([name.decode() for name in file["question"]], ["a", "b", "c"])
-            self.assertEqual(file["v_error"].shape, (5, 3, 2))
+            self.assertEqual(file["v_error"].shape, (7, 3, 2))
         self.assertTrue((self.folder / "table.png").read_bytes().startswith(b"\x89PNG"))
 
     def test_part_keeps_half_of_the_positions(self):

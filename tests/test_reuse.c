@@ -2,6 +2,7 @@
  * changes no bit, whatever it gives.  Ranks are threads and share the store. */
 #include "tiny.h"
 
+#include "engine.h"
 #include "model_files.h"
 #include "status.h"
 
@@ -76,6 +77,14 @@ static void memory_save(void *arg, const ifkv_store_entry *entry, ifkv_store_lay
     mtx_unlock(&memory->lock);
 }
 
+static bool memory_has(void *arg, const ifkv_store_entry *entry) {
+    memory_store *of = arg;
+    mtx_lock(&of->lock);
+    const bool is_there = find(of, entry->key) < of->n_entry;
+    mtx_unlock(&of->lock);
+    return is_there;
+}
+
 static memory_store memory;
 static ifkv_store store;
 static uint64_t seed;
@@ -96,7 +105,11 @@ static int set_up(void **state) {
     model = tiny_model(dir, shape, -1);
     request = tiny_request_make(&seed, shape->n_vocab, N_PREFIX, N_CHUNK,
                                 (int64_t[]){17, 1, 40, 5, 33}, 4, 3);
-    store = (ifkv_store){sizeof store, &memory, memory_load, memory_save};
+    store = (ifkv_store){.size = sizeof store,
+                         .arg = &memory,
+                         .load = memory_load,
+                         .save = memory_save,
+                         .has = memory_has};
     return 0;
 }
 
@@ -293,6 +306,55 @@ static void counts_are_summed_over_ranks(void **state) {
     }
 }
 
+/* The first look and the move come between the entries and their rotation. */
+static void i20_reorder_with_a_store_is_the_same_bits(void **state) {
+    (void)state;
+    for (int s = 0; s < N_SIZE; s++) {
+        empty();
+        tiny_run run[3];
+        for (int i = 0; i < 3; i++) { /* without, cold, warm */
+            run[i] = (tiny_run){
+                .model = model,
+                .weight_seed = 7,
+                .request = &request.request,
+                .options = {
+                    .reorder = "on", .ratio = "0.3", .max_new = 4, .store = i ? &store : NULL}};
+            assert_ok(tiny_run_on(sizes[s], &run[i]));
+            if (i) assert_same(&run[i], &run[0], true);
+        }
+        assert_int_equal(memory.n_save, N_CHUNK + 1);
+        assert_int_equal(memory.n_load, N_CHUNK + 1);
+        for (int i = 0; i < 3; i++) tiny_run_fini(&run[i]);
+    }
+}
+
+/* Products are all that takes time: recompute adds to those of encode, unless there are none. */
+static ifkv_status slow_products(ifkv_engine *engine) {
+    engine->rates = (ifkv_rates){
+        .size = sizeof engine->rates, .matmul = 1e6, .attention = 1e15, .memory = 1e12};
+    engine->has_rates = true;
+    return IFKV_OK;
+}
+
+static void auto_counts_what_the_store_holds(void **state) {
+    (void)state;
+    for (int s = 0; s < N_SIZE; s++) {
+        empty();
+        for (int warm = 0; warm < 2; warm++) {
+            tiny_run run = {.model = model,
+                            .weight_seed = 7,
+                            .request = &request.request,
+                            .options = {.method = "auto", .ratio = "0.1", .store = &store},
+                            .before = slow_products};
+            assert_ok(tiny_run_on(sizes[s], &run));
+            assert_int_equal(run.n_selected > 0, warm); /* an exact method selects nothing */
+            tiny_run_fini(&run);
+            tiny_run fill = prefill(sizes[s], &store, "none", 7);
+            tiny_run_fini(&fill);
+        }
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(i26_cold_warm_and_mixed_are_the_same_bits),
@@ -303,6 +365,8 @@ int main(void) {
         cmocka_unit_test(i26_other_weights_and_prefixes_are_never_served),
         cmocka_unit_test(rows_of_an_exact_prefill_are_never_kept),
         cmocka_unit_test(counts_are_summed_over_ranks),
+        cmocka_unit_test(i20_reorder_with_a_store_is_the_same_bits),
+        cmocka_unit_test(auto_counts_what_the_store_holds),
     };
     seed = tiny_seed();
     return cmocka_run_group_tests(tests, set_up, tear_down);

@@ -148,8 +148,8 @@ static void assert_layers(const char *text, int n_layer, int n, const int *want)
     memset(&input, 0xff, sizeof input);
     assert_ok(ifkv_score_layers_parse(text, n_layer, &input));
     if (input.n_score_layer != n || memcmp(input.score_layer, want, (size_t)n * sizeof *want))
-        fail_msg("%s of %d layers: got %d from %d", text, n_layer, input.n_score_layer,
-                 input.score_layer[0]);
+        fail_msg("%s of %d layers: got %d from %d", text ? text : "default", n_layer,
+                 input.n_score_layer, input.score_layer[0]);
 }
 
 static void published_layers(void **state) {
@@ -172,6 +172,11 @@ static void wide_layers(void **state) {
     assert_layers("wide", 4, 1, (int[]){1});
     assert_layers("wide", 2, 1, (int[]){0});
     assert_layers("wide", 1, 1, (int[]){0});
+}
+
+static void default_layers_are_wide(void **state) {
+    (void)state;
+    assert_layers(NULL, 30, 6, (int[]){10, 13, 16, 19, 22, 25});
 }
 
 static void listed_layers(void **state) {
@@ -205,7 +210,7 @@ static void layers_refuse_everything_else(void **state) {
 static void layers_parse_without_a_model(void **state) {
     (void)state;
     static ifkv_select_input input;
-    static const char *const good[] = {"published", "wide", "5,600"};
+    static const char *const good[] = {"published", "wide", NULL, "5,600"};
     for (size_t i = 0; i < sizeof good / sizeof *good; i++)
         assert_ok(ifkv_score_layers_parse(good[i], INT32_MAX, &input));
 }
@@ -472,6 +477,7 @@ int main(void) {
         cmocka_unit_test(budgets_by_method),
         cmocka_unit_test(published_layers),
         cmocka_unit_test(wide_layers),
+        cmocka_unit_test(default_layers_are_wide),
         cmocka_unit_test(listed_layers),
         cmocka_unit_test(layers_refuse_everything_else),
         cmocka_unit_test(layers_parse_without_a_model),

@@ -1,10 +1,11 @@
 /* Selectors that run layers of their own, against full prefill and themselves: cacheblend, and
- * infoflow under its geometries.
+ * infoflow under its geometries and with local scoring.
  *
  * One process, random weights, ranks as threads; invariants by the numbers of algorithm section 8.
  * Values against the float64 reference: test_selectors.py. */
 #include "tiny.h"
 
+#include "agree.h"
 #include "engine.h"
 #include "error_codes.h"
 #include "model_files.h"
@@ -356,6 +357,63 @@ static void geometry_leaves_the_cache_alone(void **state) {
     }
 }
 
+static ifkv_prefill_options local(bool has_sink) {
+    return (ifkv_prefill_options){.ratio = "0.3", .scoring = "local", .local_sink = has_sink};
+}
+
+static void local_scoring_on_one_rank_is_exact_to_the_bit(void **state) {
+    (void)state;
+    for (int c = 0; c < N_CASE; c++)
+        for (int has_sink = 0; has_sink <= 1; has_sink++) {
+            tiny_run exact = prefill(&cases[c], 1, (ifkv_prefill_options){.ratio = "0.3"});
+            tiny_run run = prefill(&cases[c], 1, local(has_sink));
+            assert_same_selection(&run, &exact);
+            tiny_run_fini(&run);
+            tiny_run_fini(&exact);
+        }
+}
+
+/* Exempt from I11: the mass that one rank's rows cannot give to another's stays with its own. */
+static void local_scoring_depends_on_the_number_of_ranks_and_on_the_sink(void **state) {
+    (void)state;
+    for (int c = 0; c < 3; c += 2) { /* with a prefix */
+        tiny_run one = prefill(&cases[c], 1, local(false)),
+                 two = prefill(&cases[c], 2, local(false)),
+                 lent = prefill(&cases[c], 2, local(true));
+        assert_true(tiny_error(two.scores, one.scores, one.n_context) > 1e-2);
+        assert_true(tiny_error(lent.scores, two.scores, one.n_context) > 1e-3);
+        tiny_run_fini(&one);
+        tiny_run_fini(&two);
+        tiny_run_fini(&lent);
+    }
+}
+
+/* Scores of the rows that others keep, and K and V of the lent rows in every layer up to the last
+ * that is scored. */
+static ifkv_status receives_scores_and_lent_rows(ifkv_session *session) {
+    const ifkv_comm *comm = session->engine->comm;
+    const ifkv_config *config = &session->engine->model.config;
+    const ifkv_select_input *input = &session->selector->input;
+    const bool is_borrower =
+        session->options.local_sink && comm->rank != session->placement.rank[0];
+    const int64_t n_layer = input->score_layer[input->n_score_layer - 1] + 1,
+                  row = 8 * (int64_t)config->n_kv_head * config->d_head;
+    const int64_t want = 4 * (session->n_context - session->n_kept) +
+                         (is_borrower ? n_layer * session->placement.n_prefix * row : 0);
+    return agree_true(session->engine->comm, session->bytes[IFKV_STAGE_SCORE] == want);
+}
+
+static void i25_local_scoring_moves_scores_and_lent_rows_only(void **state) {
+    (void)state;
+    for (int c = 0; c < 3; c++)
+        for (int s = 0; s < 2 * N_SIZE; s++) {
+            tiny_run run = run_of(&cases[c], local(s % 2));
+            run.after = receives_scores_and_lent_rows;
+            assert_ok(tiny_run_on(sizes[s / 2], &run));
+            tiny_run_fini(&run);
+        }
+}
+
 int main(void) {
     seed = tiny_seed();
     const struct CMUnitTest tests[] = {
@@ -374,6 +432,9 @@ int main(void) {
         cmocka_unit_test(geometries_differ_for_more_chunks),
         cmocka_unit_test(i11_geometry_scores_ignore_ranks_and_placement),
         cmocka_unit_test(geometry_leaves_the_cache_alone),
+        cmocka_unit_test(local_scoring_on_one_rank_is_exact_to_the_bit),
+        cmocka_unit_test(local_scoring_depends_on_the_number_of_ranks_and_on_the_sink),
+        cmocka_unit_test(i25_local_scoring_moves_scores_and_lent_rows_only),
     };
     return cmocka_run_group_tests_name("selectors", tests, make_cases, free_cases);
 }

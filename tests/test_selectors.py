@@ -17,6 +17,7 @@ import unittest
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import h5py  # noqa: E402
 import numpy as np  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -34,6 +35,7 @@ CASES = {
     "one_token_chunk": (2, (37, 1, 60, 21), 5, 4),
     "no_prefix": (0, (9, 40, 3, 31), 1, 3),
     "single_chunk": (3, (29,), 4, 2),
+    "long_prefix": (14, (9, 11, 8), 2, 2),  # counted as rows of the first chunk it would change orders
 }
 
 
@@ -44,6 +46,12 @@ class Way:
     flags: tuple
     arguments: tuple  # (name, value) of reference.prefill
     has_scores: bool = False
+    runs: tuple = (("self", 1), ("thread", 3))  # communicators and ranks
+    is_local: bool = False  # the reference must know the number of ranks
+    must_move: bool = False  # only draws whose chunks change places are of use
+
+    def expected(self, ranks):
+        return {**dict(self.arguments), **({"local_ranks": ranks} if self.is_local else {})}
 
 
 WAYS = {
@@ -52,11 +60,33 @@ WAYS = {
     "epic_budget": Way(("--method", "epic_budget", "--ratio", "0.3"), (("method", "epic_budget"), ("ratio", "0.3"))),
     "cacheblend": Way(("--method", "cacheblend", "--ratio", "0.2"), (("method", "cacheblend"), ("ratio", "0.2")), True),
     "cacheblend_0": Way(("--method", "cacheblend", "--ratio", "0"), (("method", "cacheblend"), ("ratio", "0")), True),
+    "refit": Way(("--ratio", "0.3", "--refit"), (("ratio", "0.3"), ("refit", True)), True),
+    "refit_1": Way(("--ratio", "0.001", "--refit"), (("ratio", "0.001"), ("refit", True)), True),
+    "refit_epic": Way(("--method", "epic", "--refit"), (("method", "epic"), ("refit", True))),
     **{"-".join(geometry): Way(
         ("--ratio", "0.3", "--score-layers", "wide", "--geometry", geometry[0], "--hp", geometry[1]),
         (("ratio", "0.3"), ("score_layer_choice", "wide"), ("geometry", geometry[0]), ("hp", geometry[1])), True)
        for geometry in (("global", "shared"), ("hl-tp", "shared"), ("hl-hp", "shared"), ("hl-hp", "per_chunk"),
                         ("tl-tp", "shared"))},
+    **{"-".join(("local", geometry, sink)): Way(
+        ("--ratio", "0.3", "--score-layers", "wide", "--geometry", geometry, "--hp", hp, "--placement", "zigzag",
+         "--scoring", "local", *(("--local-sink",) if sink else ())),
+        (("ratio", "0.3"), ("score_layer_choice", "wide"), ("geometry", geometry), ("hp", hp), ("has_sink", bool(sink))),
+        True, (("self", 1), ("thread", 2), ("mpi", 4)), True)
+       # per_chunk: the only geometry that moves the prefix
+       for geometry, hp, sink in (("global", "shared", ""), ("global", "shared", "sink"), ("hl-hp", "per_chunk", "sink"))},
+    **{"-".join(("reorder", exchange)): Way(
+        ("--ratio", "0.3", "--score-layers", "wide", "--reorder", "--exchange", exchange),
+        (("ratio", "0.3"), ("score_layer_choice", "wide"), ("reorder", True)), True,
+        (("self", 1), ("thread", 2), ("mpi", 4)), must_move=True)
+       for exchange in ("delta", "query")},
+    "reorder-most": Way(
+        ("--ratio", "0.8", "--reorder"), (("ratio", "0.8"), ("reorder", True)), True, (("thread", 3),), must_move=True),
+    "reorder-local": Way(
+        ("--ratio", "0.3", "--score-layers", "wide", "--reorder", "--placement", "zigzag", "--scoring", "local",
+         "--local-sink"),
+        (("ratio", "0.3"), ("score_layer_choice", "wide"), ("reorder", True), ("has_sink", True)), True,
+        (("self", 1), ("thread", 3)), True, True),
 }
 _scratch = None
 
@@ -80,8 +110,10 @@ def model_of(name):
 
 
 @functools.lru_cache(maxsize=None)
-def expected(name, way, case):
+def expected(name, way, case, ranks):
     """(JSON request, result of the reference) of the first draw whose threshold has room."""
+    if ranks > 1 and not WAYS[way].is_local:
+        return expected(name, way, case, 1)
     model = model_of(name)[1]
     n_prefix, n_chunks, n_prompt, n_question = CASES[case]
     for draw in range(200):
@@ -90,8 +122,9 @@ def expected(name, way, case):
                "chunks": [ids(f"chunk {i}", n) for i, n in enumerate(n_chunks)],
                "question": ids("question", n_question)}
         request = reference.Request.from_json(raw)
-        result = reference.prefill(model, request, max_new=1, **dict(WAYS[way].arguments))
-        if result.gap >= MIN_SCORE_GAP:
+        result = reference.prefill(model, request, max_new=1, **WAYS[way].expected(ranks))
+        has_moved = not WAYS[way].must_move or len(n_chunks) == 1 or result.order != sorted(result.order)
+        if result.gap >= MIN_SCORE_GAP and has_moved:
             return raw, result
     raise AssertionError(f"{name} {way} {case}: no draw has room")
 
@@ -102,14 +135,14 @@ def read_lines(path):
 
 
 @functools.lru_cache(maxsize=None)
-def records(name, way, ranks):
-    out = os.path.join(_scratch.name, f"{name}-{way}-{ranks}")
+def records(name, way, comm, ranks):
+    out = os.path.join(_scratch.name, f"{name}-{way}-{comm}-{ranks}")
     with open(out + ".jsonl", "w") as f:
-        f.writelines(json.dumps(expected(name, way, case)[0]) + "\n" for case in CASES)
-    command = [BINARY, "prefill", "--model", model_of(name)[0], "--requests", out + ".jsonl", "--out", out,
+        f.writelines(json.dumps(expected(name, way, case, ranks)[0]) + "\n" for case in CASES)
+    command = [*(("mpirun", "-n", str(ranks)) if comm == "mpi" else ()), BINARY, "prefill", "--model", model_of(name)[0], "--requests", out + ".jsonl", "--out", out,
                "--backend", "cpu", "--threads", "1", "--max-new", "1", "--save-logits", "--save-kv", "--save-scores",
                *WAYS[way].flags]
-    command += ["--comm", "self"] if ranks == 1 else ["--comm", "thread", "--ranks", str(ranks)]
+    command += ["--comm", comm, *(("--ranks", str(ranks)) if comm == "thread" else ())]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                           text=True, timeout=RUN_TIMEOUT_S)
     if done.returncode:
@@ -126,9 +159,10 @@ def everywhere(check):
         for name in MODELS:
             for way in WAYS:
                 for case in CASES:
-                    for ranks in (1, 3):
-                        with self.subTest(model=name, way=way, case=case, ranks=ranks):
-                            check(self, records(name, way, ranks)[case], expected(name, way, case)[1], WAYS[way])
+                    for comm, ranks in WAYS[way].runs:
+                        with self.subTest(model=name, way=way, case=case, comm=comm, ranks=ranks):
+                            record, (_, result) = records(name, way, comm, ranks)[case], expected(name, way, case, ranks)
+                            check(self, record, result, WAYS[way])
 
     return test
 
@@ -137,6 +171,18 @@ class Selectors(unittest.TestCase):
     @everywhere
     def test_selected_rows_equal_the_reference(self, record, result, way):
         self.assertEqual(record.selected.tolist(), result.selected.tolist())
+
+    @everywhere
+    def test_chunks_are_in_the_order_of_the_reference(self, record, result, way):
+        self.assertEqual(record.result["chunk_order"], result.order if "--reorder" in way.flags else None)
+
+    @everywhere
+    def test_saved_ids_follow_the_order(self, record, result, way):
+        self.assertEqual(record.assembled("token_ids").tolist(), result.context)
+        with h5py.File(record.kv_paths[0]) as f:
+            self.assertEqual("chunk_order" in f, "--reorder" in way.flags)
+            if "chunk_order" in f:
+                self.assertEqual(f["chunk_order"][:].tolist(), result.order)
 
     @everywhere
     def test_scores_equal_the_reference(self, record, result, way):

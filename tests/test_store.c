@@ -136,6 +136,13 @@ static bool load(const ifkv_chunk_store *store, int which) {
     return load_fake(store, &it);
 }
 
+/* What an estimate goes by. */
+static bool has(const ifkv_chunk_store *store, int which) {
+    const ifkv_store *table = ifkv_chunk_store_table(store);
+    fake it = make_fake(which, "model a");
+    return table->has(table->arg, entry_of(&it));
+}
+
 /* In one of fixture_path's buffers. */
 static const char *path_of(int which) {
     char name[40];
@@ -162,6 +169,7 @@ static void what_is_saved_is_served_to_the_bit(void **state) {
     save(store, 2);
     assert_true(load(store, 1) && load(store, 2));
     assert_false(load(store, 3));
+    assert_true(has(store, 1) && has(store, 2) && !has(store, 3));
     ifkv_chunk_store_close(store);
     store = open_store(0);
     assert_true(load(store, 1) && load(store, 2));

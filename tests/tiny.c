@@ -176,7 +176,7 @@ static ifkv_status run_rank(ifkv_comm *comm, void *arg) {
     const ifkv_engine_options options = {
         .size = sizeof options,
         .model_dir = run->model,
-        .backend = "cpu",
+        .backend = run->backend ? run->backend : "cpu",
         .n_thread = run->n_thread ? run->n_thread : 1,
         .random_weights = true,
         .seed = run->weight_seed,

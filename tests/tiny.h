@@ -51,7 +51,8 @@ typedef ifkv_status (*tiny_session_fn)(ifkv_session *session);
 
 typedef struct tiny_run {
     /* In. */
-    const char *model; /* directory */
+    const char *model;   /* directory */
+    const char *backend; /* NULL: "cpu" */
     uint64_t weight_seed;
     int n_thread; /* 0: one */
     const ifkv_request *request;

@@ -187,6 +187,25 @@ template <int rank> void check_boxes() {
         }
 }
 
+/* What the driver refuses: one thing wrong at a time. */
+void check_refusals() {
+    device_array<uint16_t> memory(64 * 64);
+    unsigned char *address = reinterpret_cast<unsigned char *>(memory.data());
+    const CUtensorMapSwizzle wide = CU_TENSOR_MAP_SWIZZLE_128B, none = CU_TENSOR_MAP_SWIZZLE_NONE;
+    CUtensorMap map;
+    const auto is_refused = [&](unsigned char *at, cuuint64_t stride, cuuint32_t inner,
+                                cuuint32_t rows, CUtensorMapSwizzle swizzle) {
+        return device_encode(&map, at, {64, 32}, {stride}, {inner, rows}, swizzle) ==
+               CUDA_ERROR_INVALID_VALUE;
+    };
+    CHECK(!is_refused(address, 128, 64, 32, wide), "a map without fault is made");
+    CHECK(is_refused(address + 8, 128, 64, 32, wide), "an address off 16 bytes is refused");
+    CHECK(is_refused(address, 136, 64, 32, wide), "a stride off 16 bytes is refused");
+    CHECK(is_refused(address, 128, 72, 32, wide), "rows of a box beyond the swizzle are refused");
+    CHECK(is_refused(address, 128, 64, 257, wide), "a box of 257 rows is refused");
+    CHECK(is_refused(address, 128, 4, 32, none), "rows of 8 bytes are refused");
+}
+
 struct PhaseMemory {
     uint64_t full, empty;
     int value;
@@ -253,6 +272,7 @@ void check_bulk() {
     check_boxes<2>();
     check_boxes<3>();
     check_boxes<4>();
+    check_refusals();
     check_phases();
     check_elect();
 }

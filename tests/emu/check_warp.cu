@@ -128,6 +128,28 @@ void check_votes() {
     }
 }
 
+__global__ void index_kernel(int *out) {
+    const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+    const unsigned packed = ((blockIdx.z * 10 + blockIdx.y) * 10 + blockIdx.x) * 1000 +
+                            (threadIdx.z * 10 + threadIdx.y) * 10 + threadIdx.x;
+    out[block * blockDim.x * blockDim.y * blockDim.z + thread] = static_cast<int>(packed);
+}
+
+void check_indices() {
+    const dim3 grid(3, 2, 2), block(5, 4, 2); // 40 threads: a warp and a part of one
+    device_array<int> out(12 * 40);
+    CHECK(ifkv_launch(index_kernel, grid, block, 0, nullptr, out.data()) == cudaSuccess, "launch");
+    const std::vector<int> got = out.fetch();
+    for (int i = 0; i < 12 * 40; i++) {
+        const int b = i / 40, t = i % 40;
+        const int want =
+            (b / 6 * 100 + b / 3 % 2 * 10 + b % 3) * 1000 + t / 20 * 100 + t / 5 % 4 * 10 + t % 5;
+        CHECK(got[static_cast<size_t>(i)] == want, "indices of thread %d: %d, want %d", i,
+              got[static_cast<size_t>(i)], want);
+    }
+}
+
 struct BlockMemory {
     float scratch[32];
     int values[256], order[2];
@@ -225,6 +247,7 @@ void check_configurations() {
 void check_warp() {
     check_shuffles();
     check_votes();
+    check_indices();
     check_blocks();
     check_exp2();
     check_configurations();

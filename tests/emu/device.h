@@ -85,11 +85,9 @@ template <typename T> class device_array {
 
 /* A tensor map of bf16: dims and box in elements, innermost first, strides in bytes from the second
  * dimension on. */
-inline CUtensorMap device_tensor_map(void *address, const std::vector<cuuint64_t> &dims,
-                                     const std::vector<cuuint64_t> &strides,
-                                     const std::vector<cuuint32_t> &box,
-                                     CUtensorMapSwizzle swizzle) {
-    CUtensorMap map;
+inline CUresult device_encode(CUtensorMap *map, void *address, const std::vector<cuuint64_t> &dims,
+                              const std::vector<cuuint64_t> &strides,
+                              const std::vector<cuuint32_t> &box, CUtensorMapSwizzle swizzle) {
     const std::vector<cuuint32_t> ones(dims.size(), 1);
 #ifdef IFKV_EMU
     const auto encode = emu_tensor_map_encode;
@@ -101,10 +99,18 @@ inline CUtensorMap device_tensor_map(void *address, const std::vector<cuuint64_t
     CHECK(error == cudaSuccess && entry, "cuTensorMapEncodeTiled: %s", cudaGetErrorString(error));
     const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
 #endif
-    const CUresult result = encode(
-        &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(dims.size()), address,
-        dims.data(), strides.data(), box.data(), ones.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzle, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(dims.size()),
+                  address, dims.data(), strides.data(), box.data(), ones.data(),
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+inline CUtensorMap device_tensor_map(void *address, const std::vector<cuuint64_t> &dims,
+                                     const std::vector<cuuint64_t> &strides,
+                                     const std::vector<cuuint32_t> &box,
+                                     CUtensorMapSwizzle swizzle) {
+    CUtensorMap map;
+    const CUresult result = device_encode(&map, address, dims, strides, box, swizzle);
     CHECK(result == CUDA_SUCCESS, "tensor map: %d", static_cast<int>(result));
     return map;
 }

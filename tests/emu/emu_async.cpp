@@ -121,14 +121,14 @@ void emu_check_write(emu_block *block, uint32_t offset, uint32_t bytes, const ch
 /* The async view of shared memory is renewed as a whole whenever somebody who fenced reaches a
  * barrier or issues an asynchronous operation.  So a kernel that fences too little is found, one in
  * which only some of the writers fence is not. */
-void emu_proxy_publish(emu_block *block) {
+static void publish(emu_block *block) {
     memcpy(block->async_view + emu_reserved_bytes, block->window + emu_reserved_bytes,
            block->grid->shared_bytes);
 }
 
 void emu_proxy_barrier(emu_thread *thread) {
     if (!thread->has_fenced_proxy) return;
-    emu_proxy_publish(thread->block);
+    publish(thread->block);
     thread->has_fenced_proxy = false;
 }
 

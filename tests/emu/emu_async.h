@@ -48,7 +48,6 @@ int emu_reader_of(emu_block *block, uint32_t offset);
 
 /* Generic and async proxy (PTX ISA, "Proxies"): what a thread wrote is seen by bulk copies and
  * wgmma after its fence. */
-void emu_proxy_publish(emu_block *block);
 void emu_proxy_barrier(emu_thread *thread);
 void emu_proxy_check(emu_thread *self, uint32_t offset, uint32_t bytes, const char *what,
                      emu_place at);
@@ -57,14 +56,15 @@ void emu_proxy_check(emu_thread *self, uint32_t offset, uint32_t bytes, const ch
 void emu_mbarrier_complete_tx(emu_block *block, uint32_t offset, uint32_t bytes, emu_place at);
 emu_mbarrier *emu_mbarrier_at(emu_block *block, uint32_t offset, const char *what, emu_place at);
 
-/* Complete one bulk load; false if none is in flight.  `at` names who runs when a report comes of
- * it. */
+/* Complete one bulk load, chosen by the time in force; false if none is in flight. */
 bool emu_complete_load(emu_block *block);
 
-/* Checks when a thread leaves, and when all have left. */
+/* Checks when a thread leaves. */
 void emu_copies_leave(emu_thread *self);
 void emu_wgmma_leave(emu_thread *self);
+
+/* Forget the block before; find the wgmma in flight that reads the granule at `offset`. */
 void emu_wgmma_reset(emu_block *block);
-bool emu_wgmma_reads(emu_block *block, uint32_t granule, int *flight);
+bool emu_wgmma_reads(emu_block *block, uint32_t offset, int *flight);
 
 #endif

@@ -1,3 +1,7 @@
+/* The scheduler of a block: who runs next, meetings of a warp, a thread's start and end.
+ *
+ * A fiber that gives way picks its successor itself, so that a collective of 32 lanes costs 32
+ * switches.  Knows no instruction: those meet, wait and wake through emu_block.h. */
 #include "emu_block.h"
 
 #include "emu_async.h"
@@ -16,6 +20,7 @@
 
 __thread const emu_builtins *emu_now;
 
+constexpr uint32_t canary_bytes = 256; // behind shared memory
 constexpr int max_idle = 10000; // rounds in which threads poll in vain before that is a deadlock
 
 emu_block::emu_block() {
@@ -199,28 +204,29 @@ static void leave(emu_thread *self) {
     self->state = EMU_DONE;
     block->n_done++;
     emu_progress(block);
-    if (block->n_done == block->n_thread) {
-        emu_fiber_switch(&self->fiber, &block->native, true);
-        abort();
-    }
-    run_next(self, true);
+    if (block->n_done < block->n_thread) run_next(self, true);
 }
 
 static void thread_main() {
     emu_thread *self = emu_self();
     emu_fiber_begin(&self->block->native);
-    self->block->grid->thread();
-    leave(self);
+    try {
+        self->block->grid->thread();
+        leave(self);
+    } catch (const emu_abandoned &) {
+    }
+    emu_fiber_switch(&self->fiber, &self->block->native, true);
+    abort(); // nobody resumes a thread that has ended
 }
 
 static void set_up_memory(emu_block *block) {
-    const uint32_t end = block->shared_end();
+    const uint32_t end = block->shared_end(), used = end + canary_bytes;
     UNFENCE(block->window, emu_window_bytes);
-    memset(block->window, emu_poison, emu_window_bytes);
-    memset(block->async_view, emu_poison, emu_window_bytes);
+    memset(block->window, emu_poison, used);
+    memset(block->async_view, emu_poison, end);
     FENCE(block->window, emu_reserved_bytes);
     FENCE(block->window + end, emu_window_bytes - end);
-    memset(block->granules.data(), 0, block->granules.size() * sizeof block->granules[0]);
+    memset(block->granules.data(), 0, used / emu_granule_bytes * sizeof block->granules[0]);
     block->flights.clear();
     block->free_flights.clear();
     block->mbarriers.clear();
@@ -298,8 +304,7 @@ static void check_end(emu_block *block) {
                 block, "warps %d and %d of one warpgroup executed %d and %d setmaxnreg", w, w + 1,
                 block->warps[w].n_setmaxnreg, block->warps[w + 1].n_setmaxnreg);
 #ifndef __SANITIZE_ADDRESS__
-    for (uint32_t at = block->shared_end(); at < block->shared_end() + 256 && at < emu_window_bytes;
-         at++)
+    for (uint32_t at = block->shared_end(); at < block->shared_end() + canary_bytes; at++)
         if (block->window[at] != emu_poison)
             return emu_fail_at_end(block, "block wrote byte %u of its %u bytes of shared memory",
                                    at - emu_reserved_bytes, block->grid->shared_bytes);

@@ -168,6 +168,10 @@ inline emu_thread *emu_self() {
     return static_cast<emu_thread *>(const_cast<emu_builtins *>(emu_now));
 }
 
+/* Thrown by emu_fail to unwind the thread that fails; the others stay where they stand, for good.
+ */
+struct emu_abandoned {};
+
 /* Report, abandon the block, never return.  Called by a running thread. */
 [[noreturn]] void emu_fail(emu_place at, const char *format, ...)
     __attribute__((format(printf, 2, 3)));

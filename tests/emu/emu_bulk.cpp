@@ -38,10 +38,21 @@ static void complete(emu_block *block, emu_bulk_load *load) {
     emu_mbarrier_complete_tx(block, load->barrier, bytes, at);
 }
 
-/* Which of those in flight comes next: in any order, for bulk copies keep none. */
+static bool is_waited_for(const emu_block *block, const emu_bulk_load &load) {
+    for (int i = 0; i < block->n_thread; i++)
+        if (block->threads[i].state == EMU_WAITING &&
+            block->threads[i].wait.object == block->window + load.barrier)
+            return true;
+    return false;
+}
+
+/* Bulk copies keep no order.  The latest comes first, of those that somebody waits for: the others
+ * may take longer still. */
 bool emu_complete_load(emu_block *block) {
     if (block->loads.empty()) return false;
     size_t i = block->loads.size() - 1;
+    if (block->grid->time.kind == EMU_LATE)
+        while (i > 0 && !is_waited_for(block, *block->loads[i])) i--;
     if (block->grid->time.kind == EMU_RANDOM)
         i = block->random.below(static_cast<uint32_t>(block->loads.size()));
     const std::unique_ptr<emu_bulk_load> load = std::move(block->loads[i]);

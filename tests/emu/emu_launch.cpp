@@ -1,3 +1,4 @@
+/* Launches: limits of the device, blocks over OS threads, the time in force. */
 #include "emu_launch.h"
 
 #include "emu_block.h"

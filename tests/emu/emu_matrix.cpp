@@ -93,23 +93,23 @@ static void multiply(emu_warp *warp) {
     for (int lane = 0; lane < emu_lanes; lane++) {
         const auto &its = *static_cast<mma_arguments *>(warp->lanes[lane]->arguments);
         const int r = lane / 4, c = 2 * (lane % 4);
-        for (int half = 0; half < 2; half++) {
-            for (int i = 0; i < 4;
-                 i++) // words: rows r, r+8 of the left eight columns, then of the right
-                a[r + 8 * (i % 2)][c + 8 * (i / 2) + half] =
-                    emu_bf16_value(static_cast<uint16_t>(its.a[i] >> 16 * half));
-            for (int i = 0; i < 2; i++)
-                b[c + 8 * i + half][r] =
-                    emu_bf16_value(static_cast<uint16_t>(its.b[i] >> 16 * half));
-            for (int i = 0; i < 2; i++) d[r + 8 * i][c + half] = its.d[2 * i + half];
+        for (int i = 0; i < 4;
+             i++) // words: rows r, r+8 of the left eight columns, then of the right
+            emu_bf16_pair(its.a[i], &a[r + 8 * (i % 2)][c + 8 * (i / 2)]);
+        for (int i = 0; i < 2; i++) {
+            float pair[2];
+            emu_bf16_pair(its.b[i], pair);
+            b[c + 8 * i][r] = pair[0];
+            b[c + 8 * i + 1][r] = pair[1];
+            memcpy(reinterpret_cast<float *>(&d[r + 8 * i]) + c, its.d + 2 * i, 2 * sizeof(float));
         }
     }
-    emu_multiply(16, 1, a[0], b, d);
+    emu_multiply(4, 1, a[0], b, d);
     for (int lane = 0; lane < emu_lanes; lane++) {
         const auto &its = *static_cast<mma_arguments *>(warp->lanes[lane]->arguments);
-        const int r = lane / 4, c = 2 * (lane % 4);
-        for (int half = 0; half < 2; half++)
-            for (int i = 0; i < 2; i++) its.d[2 * i + half] = d[r + 8 * i][c + half];
+        for (int i = 0; i < 2; i++)
+            memcpy(its.d + 2 * i, reinterpret_cast<float *>(&d[lane / 4 + 8 * i]) + 2 * (lane % 4),
+                   2 * sizeof(float));
     }
 }
 

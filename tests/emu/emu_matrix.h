@@ -14,14 +14,23 @@ inline float emu_bf16_value(uint16_t bits) {
     return value;
 }
 
-/* c [n_row, 8 n_eight] += a [n_row, 16] b [16, 8 n_eight], all dense; `c` in rows of `n_eight`. */
-inline void emu_multiply(int n_row, int n_eight, const float *a, const emu_float8 *b,
+/* The two bf16 of a word, the low half first. */
+inline void emu_bf16_pair(uint32_t word, float *pair) {
+    const uint32_t wide[2] = {word << 16, word & 0xffff0000u};
+    memcpy(pair, wide, sizeof wide);
+}
+
+/* c [4 n_four, 8 n_eight] += a [4 n_four, 16] b [16, 8 n_eight], all dense; four rows at a time to
+ * keep the adders busy. */
+inline void emu_multiply(int n_four, int n_eight, const float *a, const emu_float8 *b,
                          emu_float8 *c) {
-    for (int row = 0; row < n_row; row++)
+    for (int four = 0; four < n_four; four++, a += 4 * 16, c += 4 * n_eight)
         for (int j = 0; j < n_eight; j++) {
-            emu_float8 sum = c[row * n_eight + j];
-            for (int k = 0; k < 16; k++) sum += a[row * 16 + k] * b[k * n_eight + j];
-            c[row * n_eight + j] = sum;
+            emu_float8 sum[4];
+            for (int i = 0; i < 4; i++) sum[i] = c[i * n_eight + j];
+            for (int k = 0; k < 16; k++)
+                for (int i = 0; i < 4; i++) sum[i] += a[i * 16 + k] * b[k * n_eight + j];
+            for (int i = 0; i < 4; i++) c[i * n_eight + j] = sum[i];
         }
 }
 

@@ -1,3 +1,4 @@
+/* Texts of reports: the first of a launch counts, from whatever OS thread it comes. */
 #include "emu_report.h"
 
 #include "emu_block.h"
@@ -59,7 +60,6 @@ bool emu_same_place(emu_place a, emu_place b) {
     return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0);
 }
 
-// Texts are gone before the stack is: an abandoned fiber runs no destructor.
 static void report_from_thread(emu_thread *self, emu_place at, const char *format, va_list list) {
     report(self->block->grid, "emu: " + format_list(format, list) + "\n  at " + emu_place_text(at) +
                                   where_text(self->block) +
@@ -74,8 +74,7 @@ void emu_fail(emu_place at, const char *format, ...) {
     report_from_thread(self, at, format, list);
     va_end(list);
     self->block->is_failed = true;
-    emu_fiber_switch(&self->fiber, &self->block->native, true);
-    abort(); // nobody resumes an abandoned thread
+    throw emu_abandoned(); // its frames own texts and buffers
 }
 
 void emu_fail_at_end(emu_block *block, const char *format, ...) {

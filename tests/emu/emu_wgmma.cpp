@@ -36,11 +36,10 @@ struct operation {
     uint32_t issued, waited; // warps
     bool is_executed, is_finished;
     uint32_t group[group_warps];
-    std::vector<uint16_t>
-        a_value; // [64, 16] when the first warp issued (SS), [64, 16] as warps issue (RS)
-    std::vector<uint16_t> b_value;                     // [16, N] when the first warp issued
+    // operands as the first warp to issue found them; fragments of a as each warp brings them
+    std::vector<uint16_t> a_value, b_value;            // [64, 16]; [N, 16], with trans_b [16, N]
     std::vector<uint32_t> chunks;                      // 16-byte granules of shared memory it reads
-    const uint32_t *fragments[group_warps][emu_lanes]; // RS: where the registers are
+    const uint32_t *fragments[group_warps][emu_lanes]; // where a's registers are
     uint32_t fragment_words[group_warps][emu_lanes][4];
     std::shared_ptr<accumulator> accumulators[group_warps];
 };
@@ -48,9 +47,8 @@ struct operation {
 struct warp_state {
     uint32_t n_issued = 0, group = 0; // operations issued, group being filled
     uint32_t n_waited = 0;
-    bool is_fenced = false; // since its latest wait
-    std::vector<std::shared_ptr<accumulator>>
-        accumulators; // of operations in flight, and the latest ones
+    bool is_fenced = false;                                 // since its latest wait
+    std::vector<std::shared_ptr<accumulator>> accumulators; // in flight, and used before
 };
 
 struct emu_wgmma_group {
@@ -131,9 +129,9 @@ static std::vector<uint16_t> read_operand(const emu_block *block, const descript
 static void check_operand(emu_thread *self, const operation &its, const descriptor &operand,
                           bool is_mn_major, int n_line, int n_eight, const char *what) {
     emu_block *block = self->block;
-    if (!is_mn_major && (operand.start & 127) + 32 > 128)
-        emu_fail(its.at, "%s: a k step that starts at byte %u of its 128-byte line leaves it", what,
-                 operand.start & 127);
+    const uint32_t in_line = operand.start & 127;
+    if (is_mn_major ? in_line != 0 : in_line + 32 > 128)
+        emu_fail(its.at, "%s starts at byte %u of its 128-byte line and leaves it", what, in_line);
     for (int line = 0; line < n_line; line++)
         for (int eight = 0; eight < n_eight; eight++) {
             const uint32_t address = chunk_address(operand, is_mn_major, line, eight);
@@ -321,7 +319,7 @@ static void execute(operation *its) {
     for (int w = 0; w < group_warps; w++) {
         accumulator *d = its->accumulators[w].get();
         if (!its->scale_d) d->value.assign(static_cast<size_t>(warp_rows * n_eight), emu_float8{});
-        emu_multiply(warp_rows, n_eight, &a[static_cast<size_t>(w * warp_rows * k_columns)],
+        emu_multiply(warp_rows / 4, n_eight, &a[static_cast<size_t>(w * warp_rows * k_columns)],
                      b.data(), d->value.data());
     }
     its->is_executed = true;
@@ -405,16 +403,16 @@ static void finish(emu_block *block, operation *its, emu_place at) {
     its->is_finished = true;
 }
 
-/* For one warp: its registers are free. */
+/* Read without AddressSanitizer: an array that has left its scope is a report of ours. */
 __attribute__((no_sanitize("address"))) static bool are_fragments_untouched(const operation &its,
                                                                             int w) {
     for (int lane = 0; lane < emu_lanes; lane++)
-        for (int i = 0; i < 4;
-             i++) // the array may be out of scope by now: then its registers were not kept either
+        for (int i = 0; i < 4; i++)
             if (its.fragments[w][lane][i] != its.fragment_words[w][lane][i]) return false;
     return true;
 }
 
+/* For one warp: its registers are free. */
 static void give_back(emu_thread *self, operation *its, int w, emu_place at) {
     accumulator *d = its->accumulators[w].get();
     if (its->is_rs && !are_fragments_untouched(*its, w))

@@ -7,7 +7,8 @@
  *                     random:SEED: at any call, at random
  *   IFKV_EMU_FAIL     NAME:N[+][=CODE][@RANK],...: the N-th call of NAME fails, with + every one
  *                     from then on; CODE is the library's number.  "kernel" counts pieces of stream
- *                     work, whose failure shows later and stays; RANK is the launcher's
+ *                     work, whose failure shows later and stays; "cudaDriverVersion" is CODE;
+ *                     NCCL has more of them (standin_nccl.cpp); RANK is the launcher's
  *   IFKV_EMU_DEVICES  number of devices (1)
  *   IFKV_EMU_ARCH     compute capability, "9.0" (default) or "8.0"
  *   IFKV_EMU_MEMORY   bytes of a device (8 GiB)
@@ -30,6 +31,9 @@ void emu_fail(const char *spec);
 void emu_time(const char *spec);
 /* Calls of a name so far, in this process, since emu_fail. */
 long emu_calls(const char *name);
+/* How many algorithms cuBLASLt offers from now on, 1 to 3 (2).  The first two make the same bits;
+ * the third makes others, and where it is offered it is by far the fastest. */
+void emu_algorithms(int n);
 
 #ifdef __cplusplus
 }
@@ -61,12 +65,19 @@ place place_of(const void *address);
 cudaError_t allocate(emu::kind kind, int device, size_t bytes, void **address_p);
 cudaError_t release(emu::kind kind, void *address);
 size_t free_bytes(int device);
+/* Report what was written beside an allocation, if a kernel has run since the last look. */
 void check_fences();
-/* Between the two, on any thread, device memory may be touched. */
+/* While it lives, on any thread, device memory may be touched: all of it, as by a kernel, or what
+ * two addresses lie in. */
 struct open_memory {
     open_memory();
+    open_memory(const void *one, const void *other);
     ~open_memory();
     open_memory(const open_memory &) = delete;
+
+  private:
+    const bool is_all;
+    const void *const addresses[2];
 };
 
 /* --- calls --- */

@@ -7,9 +7,12 @@
 
 #include "emu_stream.h"
 
+#include <atomic>
 #include <cblas.h>
+#include <chrono>
 #include <cstring>
 #include <cublasLt.h>
+#include <thread>
 #include <vector>
 
 struct cublasLtContext {
@@ -19,6 +22,8 @@ struct cublasLtContext {
 namespace {
 
 constexpr size_t WORKSPACE = 1 << 20;
+std::atomic<int> n_algorithm{2};
+enum { OTHER_BITS = 2 }; /* the third algorithm */
 
 struct layout {
     cudaDataType type;
@@ -108,6 +113,7 @@ struct product {
     const void *a_data, *b_data, *c_data;
     void *d_data, *workspace;
     float alpha, beta;
+    int algorithm;
 };
 
 void multiply(const product &p, int batch) {
@@ -115,8 +121,18 @@ void multiply(const product &p, int batch) {
                              b = dense(batch_of(p.b_data, p.b, batch), p.b, p.op.transpose_b);
     const size_t m = p.d.rows, n = p.d.cols, k = p.op.transpose_a ? p.a.rows : p.a.cols;
     std::vector<float> sum(m * n);
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)m, (int)n, (int)k, 1, a.data(),
-                (int)k, b.data(), (int)n, 0, sum.data(), (int)n);
+    /* column by column, so that the bits of one do not depend on the others; and in two parts, or
+     * one */
+    const size_t first = p.algorithm == OTHER_BITS ? k / 3 : k;
+    for (size_t j = 0; j < n; j++) {
+        cblas_sgemv(CblasRowMajor, CblasNoTrans, (int)m, (int)first, 1, a.data(), (int)k,
+                    b.data() + j, (int)n, 0, sum.data() + j, (int)n);
+        if (first < k)
+            cblas_sgemv(CblasRowMajor, CblasNoTrans, (int)m, (int)(k - first), 1, a.data() + first,
+                        (int)k, b.data() + first * n + j, (int)n, 1, sum.data() + j, (int)n);
+    }
+    if (n_algorithm > OTHER_BITS && p.algorithm != OTHER_BITS)
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
     const void *c = batch_of(p.c_data, p.c, batch);
     void *d = (void *)batch_of(p.d_data, p.d, batch);
     for (size_t i = 0; i < m; i++)
@@ -319,12 +335,17 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t o
 
 /* What an algorithm remembers: the workspace it needs and the alignment it was chosen for. */
 struct chosen {
-    uint64_t magic, workspace;
+    uint64_t magic;
+    uint32_t workspace, number;
     uint32_t alignment[4];
 };
 static constexpr uint64_t MAGIC = 0x656d756c61746564; /* "emulated" */
 
-/* Two candidates that do the same, whatever is asked; they take up to 1 MiB of workspace. */
+void emu_algorithms(int n) {
+    n_algorithm = n;
+}
+
+/* The same candidates, whatever is asked; they take up to 1 MiB of workspace. */
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                               cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
@@ -339,9 +360,10 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
         return status;
     if (max_result < 1) return CUBLAS_STATUS_INVALID_VALUE;
     const preference &p = inside<preference>(preferred);
-    chosen algo = {MAGIC, std::min(p.workspace, WORKSPACE), {}};
+    chosen algo = {MAGIC, (uint32_t)std::min(p.workspace, WORKSPACE), 0, {}};
     memcpy(algo.alignment, p.alignment, sizeof algo.alignment);
-    for (int i = 0; i < max_result && i < 2; i++) {
+    for (int i = 0; i < max_result && i < n_algorithm; i++) {
+        algo.number = (uint32_t)i;
         result[i] = {};
         inside<chosen>(&result[i].algo) = algo;
         result[i].workspaceSize = (size_t)algo.workspace;
@@ -371,7 +393,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
                  d,
                  nullptr,
                  *(const float *)alpha,
-                 *(const float *)beta};
+                 *(const float *)beta,
+                 0};
     if (const cublasStatus_t status = check(p.op, p.a, p.b, p.c, p.d)) return status;
     if (!is_held(a, p.a) || !is_held(b, p.b) || !is_held(d, p.d) ||
         (p.beta != 0 && !is_held(c, p.c)))
@@ -381,6 +404,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
         const chosen &how = *reinterpret_cast<const chosen *>(algo);
         const void *const data[] = {a, b, c, d};
         if (how.magic != MAGIC) return CUBLAS_STATUS_INVALID_VALUE;
+        p.algorithm = (int)how.number;
         for (int i = 0; i < 4; i++)
             if ((uintptr_t)data[i] % how.alignment[i]) return CUBLAS_STATUS_INVALID_VALUE;
         used = (size_t)how.workspace;

@@ -53,7 +53,7 @@ cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind copy_k
     std::vector<char> stage;
     if (is_staged) stage.assign((const char *)from, (const char *)from + bytes);
     emu::enqueue(stream, [to, from, bytes, is_staged, stage = std::move(stage)] {
-        const emu::open_memory memory;
+        const emu::open_memory memory(to, from);
         memmove(to, is_staged ? stage.data() : from, bytes);
         return true;
     });
@@ -146,6 +146,7 @@ cudaError_t cudaRuntimeGetVersion(int *version_p) {
 
 cudaError_t cudaDriverGetVersion(int *version_p) {
     *version_p = CUDART_VERSION;
+    emu::is_failing("cudaDriverVersion", version_p);
     return emu::enter(__func__);
 }
 
@@ -217,7 +218,7 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stre
     if (place.kind == emu::kind::pageable || place.left < bytes)
         return emu::leave(cudaErrorInvalidValue);
     emu::enqueue(stream, [to, value, bytes] {
-        const emu::open_memory memory;
+        const emu::open_memory memory(to, nullptr);
         memset(to, value, bytes);
         return true;
     });

@@ -27,13 +27,15 @@ struct allocation {
     int device;
     char *pages; /* where the writable pages begin */
     size_t page_bytes, bytes;
+    int n_open = 0; /* who may touch it now */
 };
 
 struct book {
     std::mutex mutex;
     std::map<const char *, allocation> live; /* by first address */
     std::map<int, size_t> used;
-    int n_open = 0;
+    int n_open = 0;       /* kernels that run now */
+    bool has_run = false; /* a kernel, since the fences were looked at */
     const bool is_guarded = !getenv("IFKV_EMU_HOST") || strcmp(getenv("IFKV_EMU_HOST"), "open");
     struct sigaction before = {};
 };
@@ -106,17 +108,13 @@ void check(const char *first, const allocation &a) {
         emu::report("byte %td was written, of an allocation of %zu bytes", bad - first, a.bytes);
 }
 
-void protect_all(book &b, int rights) {
-    for (const auto &[first, a] : b.live)
-        if (a.kind == emu::kind::device) protect(a, rights);
+/* With the lock held. */
+void open(book &b, allocation &a) {
+    if (a.kind == emu::kind::device && b.is_guarded && a.n_open++ == 0)
+        protect(a, PROT_READ | PROT_WRITE);
 }
-
-/* Both with the lock held. */
-void open(book &b) {
-    if (b.is_guarded && b.n_open++ == 0) protect_all(b, PROT_READ | PROT_WRITE);
-}
-void shut(book &b) {
-    if (b.is_guarded && --b.n_open == 0) protect_all(b, PROT_NONE);
+void shut(book &b, allocation &a) {
+    if (a.kind == emu::kind::device && b.is_guarded && --a.n_open == 0) protect(a, PROT_NONE);
 }
 
 /* The allocation that holds an address, or the end of the book. */
@@ -160,7 +158,7 @@ cudaError_t emu::allocate(emu::kind kind, int device, size_t bytes, void **addre
     char *base = (char *)mmap(nullptr, page_bytes + 2 * PAGE, PROT_NONE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) return cudaErrorMemoryAllocation;
-    allocation a = {kind, device, base + PAGE, page_bytes, bytes};
+    allocation a = {kind, device, base + PAGE, page_bytes, bytes, b.n_open};
     char *first = a.pages + page_bytes - rounded;
     protect(a, PROT_READ | PROT_WRITE);
     memset(a.pages, FENCE, page_bytes);
@@ -180,36 +178,56 @@ cudaError_t emu::release(emu::kind kind, void *address) {
     const std::lock_guard<std::mutex> lock(b.mutex);
     const auto found = b.live.find((const char *)address);
     if (found == b.live.end() || found->second.kind != kind) return cudaErrorInvalidValue;
-    const allocation a = found->second;
-    open(b);
+    allocation &a = found->second;
+    open(b, a);
     check(found->first, a);
-    shut(b);
     if (kind == kind::device) b.used[a.device] -= a.bytes;
     note(found->first, a.bytes, true);
-    b.live.erase(found);
     mmap(a.pages, a.page_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
          -1, 0);
+    b.live.erase(found);
     return cudaSuccess;
 }
 
 void emu::check_fences() {
     book &b = all();
     const std::lock_guard<std::mutex> lock(b.mutex);
-    open(b);
-    for (const auto &[first, a] : b.live) check(first, a);
-    shut(b);
+    if (!b.has_run) return;
+    b.has_run = false;
+    for (auto &[first, a] : b.live) {
+        open(b, a);
+        check(first, a);
+        shut(b, a);
+    }
 }
 
-emu::open_memory::open_memory() {
+emu::open_memory::open_memory() : is_all(true), addresses{} {
     book &b = all();
     const std::lock_guard<std::mutex> lock(b.mutex);
     depth++;
-    open(b);
+    b.n_open++;
+    b.has_run = true;
+    for (auto &[first, a] : b.live) open(b, a);
+}
+
+emu::open_memory::open_memory(const void *one, const void *other)
+    : is_all(false), addresses{one, other} {
+    book &b = all();
+    const std::lock_guard<std::mutex> lock(b.mutex);
+    depth++;
+    for (const void *address : addresses)
+        if (const auto found = find(b, (const char *)address); found != b.live.end())
+            open(b, found->second);
 }
 
 emu::open_memory::~open_memory() {
     book &b = all();
     const std::lock_guard<std::mutex> lock(b.mutex);
     depth--;
-    shut(b);
+    if (is_all) b.n_open--;
+    for (auto &[first, a] : b.live)
+        if (is_all) shut(b, a);
+    for (const void *address : addresses)
+        if (const auto found = find(b, (const char *)address); found != b.live.end())
+            shut(b, found->second);
 }

@@ -114,6 +114,7 @@ namespace {
 struct state {
     std::mutex mutex;
     std::set<ncclComm_t> handles;
+    std::set<void *> memory; /* of ncclMemAlloc */
     bool has_thread = false;
 };
 
@@ -127,6 +128,7 @@ struct grouped {
     std::shared_ptr<piece> work;
 };
 thread_local int group_depth;
+thread_local const char *last_words = "";
 thread_local std::vector<grouped> group;
 
 bool is_failing(const communicator &c, const char *name, int *code_p) {
@@ -168,7 +170,7 @@ bool move_send(channel &c, transfer &t) {
     }
     const uint64_t n = std::min(room, t.bytes - t.done);
     if (n) {
-        const emu::open_memory memory;
+        const emu::open_memory memory(t.data, nullptr);
         copy_in(c, put, t.data + t.done, n);
         t.done += n;
         c.put.store(put + n);
@@ -196,7 +198,7 @@ bool move_receive(channel &c, transfer &t, piece &w) {
     }
     const uint64_t n = std::min(there, t.bytes - t.done);
     if (n) {
-        const emu::open_memory memory;
+        const emu::open_memory memory(t.data, nullptr);
         copy_out(c, taken, t.data + t.done, n);
         t.done += n;
         c.taken.store(taken + n);
@@ -405,7 +407,7 @@ void look_for_peers(communicator &c) {
     for (int r = 0; r < c.size; r++)
         for (int q = 0; q < r; q++)
             if (!strcmp(c.shared->members[r].place, c.shared->members[q].place))
-                c.error = ncclInvalidUsage;
+                c.error = ncclInvalidUsage, last_words = "Duplicate GPU detected";
 }
 
 } // namespace
@@ -530,6 +532,27 @@ ncclResult_t ncclAllGather(const void *send, void *recv, size_t count, ncclDataT
     return add(__func__, comm, stream, transfers);
 }
 
+ncclResult_t ncclMemAlloc(void **data_p, size_t bytes) {
+    if (const ncclResult_t result = enter(__func__)) return result;
+    if (emu::allocate(emu::kind::device, emu::current_device(), bytes, data_p))
+        return ncclUnhandledCudaError;
+    const std::lock_guard<std::mutex> lock(all().mutex);
+    all().memory.insert(*data_p);
+    return ncclSuccess;
+}
+
+/* Waits for the device, as cudaFree does. */
+ncclResult_t ncclMemFree(void *data) {
+    if (const ncclResult_t result = enter(__func__)) return result;
+    {
+        const std::lock_guard<std::mutex> lock(all().mutex);
+        if (!all().memory.erase(data)) return ncclInvalidArgument;
+    }
+    emu::wait_device(emu::place_of(data).device);
+    emu::release(emu::kind::device, data);
+    return ncclSuccess;
+}
+
 ncclResult_t ncclCommRegister(const ncclComm_t comm, void *data, size_t bytes, void **handle_p) {
     if (const ncclResult_t result = enter(__func__)) return result;
     const communicator_ptr c = find(comm);
@@ -542,10 +565,11 @@ ncclResult_t ncclCommRegister(const ncclComm_t comm, void *data, size_t bytes, v
 }
 
 ncclResult_t ncclCommDeregister(const ncclComm_t comm, void *handle) {
-    if (const ncclResult_t result = enter(__func__)) return result;
     const communicator_ptr c = find(comm);
     const std::lock_guard<std::mutex> lock(c->mutex);
-    return c->registered.erase(handle) ? ncclSuccess : ncclInvalidArgument;
+    const bool was_registered = c->registered.erase(handle) == 1;
+    if (const ncclResult_t result = enter(__func__)) return result;
+    return was_registered ? ncclSuccess : ncclInvalidArgument;
 }
 
 ncclResult_t ncclCommFinalize(ncclComm_t comm) {
@@ -598,5 +622,5 @@ const char *ncclGetErrorString(ncclResult_t result) {
 }
 
 const char *ncclGetLastError(ncclComm_t) {
-    return "";
+    return last_words;
 }

@@ -158,13 +158,13 @@ class Cache:
         return new
 
 
-def run_rows(model, cache, ids, index, shift=0, write_layer0=True, want_hidden=True):
+def run_rows(model, cache, ids, index, shift=0, write_layer0=True, want_hidden=True, after_write=None):
     """Run rows through all layers against a cache: the pass behind encode, full prefill, recompute, prompt and decode.
 
     ids [R] tokens; index [R] places in the cache, ascending.  Per layer the K/V of all rows are written first, then
     every row attends to all cached rows of index <= its own, which must hold K/V already.  Rotation is at
     index + shift.  write_layer0=False leaves K/V of layer 0 alone, which depend on token and position only.  The last
-    layer stops after its K/V unless want_hidden.  Returns the hidden rows [R, d_model], or None.
+    layer stops after its K/V unless want_hidden.  after_write(l) runs behind the write of layer l.  Returns the hidden rows [R, d_model], or None.
     """
     ids, index = np.asarray(ids, np.int64), np.asarray(index, np.int64)
     positions = index + shift
@@ -175,6 +175,8 @@ def run_rows(model, cache, ids, index, shift=0, write_layer0=True, want_hidden=T
             k, v = project_kv(model, l, x)
             cache.k[l][index] = rotate(k, positions, model.frequencies)
             cache.v[l][index] = v
+        if after_write:
+            after_write(l)
         if l == model.config.n_layer - 1 and not want_hidden:
             return None
         out = attend(project_q(model, l, x, positions), cache.k[l], cache.v[l], index + 1)
@@ -247,11 +249,11 @@ def scoring_places(request, geometry="global", hp="shared"):
     return row, question
 
 
-def question_attention(model, cache, question, layers, places=None):
+def question_attention(model, cache, question, layers, places=None, hidden=()):
     """Attention of the scoring rows, one [Hq, Nq, T + Nq] array per layer of `layers`.
 
-    Scoring row q has index T + q; it sees every context row and the scoring rows q' <= q.  The cache is not changed.
-    places: of scoring_places; by default rows are rotated at their index.
+    Scoring row q has index T + q; it sees every context row but those of the indices `hidden`, and the scoring rows
+    q' <= q.  The cache is not changed.  places: of scoring_places; by default rows are rotated at their index.
     """
     n_context, n_question = len(cache.k[0]), len(question)
     row, first = places or (np.arange(n_context), np.full(n_context, n_context))
@@ -269,6 +271,7 @@ def question_attention(model, cache, question, layers, places=None):
         for place in np.unique(first):
             met = np.flatnonzero(first == place)
             s[:, :, met] = similarities(project_q(model, l, x, place + np.arange(n_question)), placed[met])
+        s[:, :, np.asarray(hidden, np.int64)] = -np.inf
         a = softmax_of_visible(s, own + 1)
         if l in layers:
             attention[l] = a
@@ -291,6 +294,35 @@ def combine_scores(attention, n_context, form):
     if form == "l2h":  # heads stay apart under the root
         return np.mean([np.sqrt((a**2).sum(axis=(0, 1))) for a in layers], axis=0)
     raise ValueError(f"unknown score form {form!r}")
+
+
+def zigzag_shards(request, n_rank):
+    """The chunks of each rank: a chunk belongs to the slice of 2P equal ones that holds its middle; rank r has r and 2P-1-r."""
+    o, shards = request.offsets, [[] for _ in range(n_rank)]
+    for i in range(len(request.chunks)):
+        at = 2 * n_rank * (o[i] + o[i + 1]) // (2 * o[-1])
+        shards[min(at, 2 * n_rank - 1 - at)].append(i)
+    return shards
+
+
+def order_by_ratio(request, selected):
+    """Chunk numbers by the share of their rows in `selected`, ascending, equal shares by number; prefix rows count nowhere."""
+    p, o = len(request.prefix), request.offsets
+    share = [Fraction(int(np.sum((selected >= max(o[i], p)) & (selected < o[i + 1]))), len(chunk))
+             for i, chunk in enumerate(request.chunks)]
+    return sorted(range(len(share)), key=lambda i: (share[i], i))
+
+
+def local_scores(model, cache, request, question, layers, places, form, shards, has_sink):
+    """Scores [T] where the question of each rank sees that rank's chunks alone, and the prefix too if has_sink."""
+    o, scores = request.offsets, np.zeros(request.offsets[-1])
+    for chunks in shards:
+        own = np.concatenate([np.arange(o[i], o[i + 1]) for i in chunks] + [np.empty(0, np.int64)]).astype(np.int64)
+        seen = np.union1d(own, np.arange(len(request.prefix) if has_sink else 0))
+        hidden = np.setdiff1d(np.arange(o[-1]), seen)
+        attention = question_attention(model, cache, question, layers, places, hidden)
+        scores[own] = combine_scores(attention, o[-1], form)[own]
+    return scores
 
 
 def budget(ratio, n_context, n_eligible):
@@ -353,14 +385,45 @@ def select_epic_budget(request, ratio):
 # ---- recompute, prompt, decode --------------------------------------------------------------------------------------
 
 
-def recompute(model, cache, context, selected):
+def follow(stale, fresh, others, ridge=0.3):
+    """What an affine map from stale to fresh rows makes of others; [R, H, D] each, every head by itself.
+
+    The map x -> x + shift + x W minimises the squared change it misses plus ridge * mean variance * |W|^2, by the
+    singular values of the centred rows.
+    """
+    moved = np.empty_like(others)
+    for h in range(stale.shape[1]):
+        x, y = stale[:, h], (fresh - stale)[:, h]
+        u, s, vt = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+        weight = ridge * (s**2).sum() / x.shape[1]
+        shrunk = np.divide(s, s**2 + weight, out=np.zeros_like(s), where=s > 0)
+        w = vt.T @ (shrunk[:, None] * (u.T @ (y - y.mean(axis=0))))
+        moved[:, h] = others[:, h] + y.mean(axis=0) + (others[:, h] - x.mean(axis=0)) @ w
+    return moved
+
+
+def refit_layer(model, cache, l, stale_k, stale_v, selected, n_exact):
+    """Move every row from n_exact on that is not selected as the selected ones moved; K as it is before rotation."""
+    others = np.setdiff1d(np.arange(n_exact, len(cache.k[l])), selected)
+    before = lambda k, rows: rotate(k, -np.asarray(rows), model.frequencies)
+    moved = follow(before(stale_k, selected), before(cache.k[l][selected], selected), before(cache.k[l][others], others))
+    cache.k[l][others] = rotate(moved, others, model.frequencies)
+    cache.v[l][others] = follow(stale_v, cache.v[l][selected], cache.v[l][others])
+
+
+def recompute(model, cache, context, selected, n_exact=None):
     """Replace K/V of the selected rows, in place, by rows that start from their embeddings and see the whole past.
 
     Fresh rows see fresh rows of S and stale rows elsewhere.  Layer 0 keeps its K/V; the last layer ends with the write.
+    n_exact: refit; in every layer the rows from n_exact on that are not selected follow before anybody attends.
     """
     if len(selected):
         ids = np.asarray(context)[selected]
-        run_rows(model, cache, ids, selected, write_layer0=False, want_hidden=False)
+        after_write = None
+        if n_exact is not None:
+            stale = [(k[selected].copy(), v[selected].copy()) for k, v in zip(cache.k, cache.v)]
+            after_write = lambda l: l and refit_layer(model, cache, l, *stale[l], selected, n_exact)
+        run_rows(model, cache, ids, selected, write_layer0=False, want_hidden=False, after_write=after_write)
 
 
 def prompt_and_decode(model, cache, prompt, max_new):
@@ -400,11 +463,35 @@ class Result:
     gap: float  # relative score gap at the selection threshold
     logit_gap: float  # smallest relative gap of best and second logit over the answer
     cache: Cache  # the T context rows
+    order: list  # the request's chunk in each place: ascending unless reordered
+    context: list  # the T token ids in index order
 
 
-def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_layer_choice="published", max_new=32,
-            score_rows="question", chosen=(), epic_k=16, geometry="global", hp="shared"):
-    """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, cacheblend, and random with the set `chosen`."""
+def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_layer_choice="wide", max_new=32,
+            score_rows="question", chosen=(), epic_k=16, geometry="global", hp="shared", local_ranks=0,
+            has_sink=False, reorder=False, refit=False):
+    """Run one request.  Methods: full, none, all, infoflow, epic, epic_budget, cacheblend, and random with the set `chosen`.
+
+    local_ranks: score as so many ranks would that see their own chunks alone, placed zigzag; 0: the whole context.
+    reorder: first put the chunks in ascending order of their shares of the best rows under hl-tp; all that is returned
+    is about the new sequence, to which each rank's chunks go along.
+    """
+    order, shards = list(range(len(request.chunks))), zigzag_shards(request, local_ranks) if local_ranks else []
+    rows = request.prompt if score_rows == "prompt" else request.question
+    layers = score_layers(model.config.n_layer, score_layer_choice)
+
+    def score_rows_of(cache, places):
+        if local_ranks:
+            return local_scores(model, cache, request, rows, layers, places, score, shards, has_sink)
+        return combine_scores(question_attention(model, cache, rows, layers, places), request.offsets[-1], score)
+
+    first_gap = np.inf
+    if reorder:
+        scores = score_rows_of(encode_chunks(model, request), scoring_places(request, "hl-tp"))
+        best, first_gap = select_best(scores, 0, ratio)
+        order = order_by_ratio(request, best)
+        request = dataclasses.replace(request, chunks=[request.chunks[i] for i in order])
+        shards = [sorted(order.index(i) for i in chunks) for chunks in shards]
     context, first_eligible = request.context, request.offsets[1]
     selected, scores, gap = np.empty(0, np.int64), None, np.inf
     if method == "full":
@@ -414,10 +501,7 @@ def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_l
         if method == "all":
             selected = np.arange(first_eligible, len(context))
         elif method == "infoflow":
-            rows = request.prompt if score_rows == "prompt" else request.question
-            layers = score_layers(model.config.n_layer, score_layer_choice)
-            places = scoring_places(request, geometry, hp)
-            scores = combine_scores(question_attention(model, cache, rows, layers, places), len(context), score)
+            scores = score_rows_of(cache, scoring_places(request, geometry, hp))
             selected, gap = select_best(scores, first_eligible, ratio)
         elif method == "cacheblend":
             exact, _ = full_prefill(model, context)  # what running layer 0 on all rows gives layer 1
@@ -433,6 +517,7 @@ def prefill(model, request, method="infoflow", ratio="0.15", score="l2", score_l
             selected = np.sort(np.asarray(chosen, np.int64))
         elif method != "none":
             raise ValueError(f"unknown method {method!r}")
-        recompute(model, cache, context, selected)
+        recompute(model, cache, context, selected, first_eligible if refit else None)
     first, answer, finish, logit_gap = prompt_and_decode(model, cache, request.prompt, max_new)
-    return Result(first, answer, finish, selected, scores, gap, logit_gap, cache)
+    return Result(first, answer, finish, selected, scores, min(gap, first_gap), logit_gap, cache, order,
+                  context)

@@ -1,0 +1,415 @@
+/* Attention over spans on Hopper (sm_90a): bulk tensor copies, wgmma, one persistent block of
+ * specialised warpgroups a multiprocessor.  d_head 64 or 128.
+ *
+ *   S = scale Q K^T   P = exp(S - max)   out = P V / sum P   lse = max + ln sum P
+ *
+ * Warpgroup 0 gives up its registers; its first warp takes pieces of the plan from a counter in
+ * global memory, finds the runs of each (attention.cuh) and copies: Q of a run into one of two
+ * slots, K and V in blocks of 128 keys that start at the run's first key, through rings of stages.
+ * Warpgroups 1 and 2 take 64 of the 128 stacked rows each.  They have the tensor cores in turn: one
+ * issues P V of a block and S of the next while the other computes its softmax.  Both work on every
+ * block of the run, so that turns stay even, whatever their own rows see.
+ *
+ * Shared memory holds rows of 64 elements with a 128-byte swizzle, wider heads as two such halves:
+ * what the copies write and the descriptors of wgmma read.  S and P stay in registers.
+ *
+ * Keys past the last one a run sees but within the last block are copied: in K they are masked, in
+ * V they are cleared before use, so what lies there may be NaN (beyond n_key the copy gives zeros).
+ * A key that some row of a run sees must be finite in V, or all of its tile is NaN.
+ *
+ * Budget at d_head 128: Q 2 x 32 KB, K and V 2 x 2 x 32 KB of 227 KB; 40 and 232 of 168 x 384
+ * registers: S 64, O 64, P 32 and addresses.  Bound by the tensor cores at d_head 128, by the
+ * exponentials at 64.
+ * Source: FlashAttention-3 (arXiv 2407.08608), sections 3.1 and 3.2; PTX ISA 9.0. */
+#include "attention.cuh"
+#include "cuda_check.h"
+#include "launch.cuh"
+
+namespace {
+
+constexpr int TILE_M = IFKV_ATTENTION_SM90_M, BLOCK_KEYS = 128, WARPGROUP = 128;
+constexpr int CONSUMERS = TILE_M / 64, CONSUMER_WARPS = CONSUMERS * WARPGROUP / IFKV_WARP_LANES;
+constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
+constexpr int SLOTS = 2;                           // tiles whose queries are in shared memory
+constexpr int CHUNK = 64;                          // elements of a swizzled row of 128 bytes
+constexpr int ROW_BYTES = 128;                     // of it
+constexpr int ATOM_BYTES = 1024;                   // eight rows: the period of the swizzle
+constexpr int BARRIER_CLEAR = 1, BARRIER_TURN = 2; // named barriers; TURN + w is warpgroup w's
+
+template <int d, int rows> struct swizzled_rows { __nv_bfloat16 chunk[d / CHUNK][rows][CHUNK]; };
+
+struct tile_slot {
+    attention_run run; // n_row 0: there is no more work
+    int kv_head, part;
+    int length[TILE_M]; // keys each row of the run sees
+};
+
+template <int d> struct shared_memory {
+    static constexpr int STAGES = d == 64 ? 4 : 2;
+    swizzled_rows<d, TILE_M> q[SLOTS];
+    swizzled_rows<d, BLOCK_KEYS> k[STAGES], v[STAGES];
+    tile_slot tile[SLOTS];
+    uint64_t tile_full[SLOTS], tile_empty[SLOTS];
+    uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+};
+static_assert(sizeof(shared_memory<128>) <= 227 * 1024, "a block's shared memory");
+static_assert(sizeof(shared_memory<64>) <= 227 * 1024, "a block's shared memory");
+
+struct tensor_maps {
+    CUtensorMap q, k, v;
+};
+
+// A place in a ring of n stages, and the parity of its barriers' phase there.
+template <int n> struct ring {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == n) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+__device__ __forceinline__ void wait(uint64_t &barrier, uint32_t parity) {
+    while (!ptx_mbarrier_try_wait(&barrier, parity)) {
+    }
+}
+
+// Zeros for wgmma to read from row `first` on, written by n_thread threads; a barrier must follow.
+template <int d, int rows>
+__device__ __forceinline__ void clear_rows(swizzled_rows<d, rows> &in, int first, int thread,
+                                           int n_thread) {
+    constexpr int row_pieces = ROW_BYTES / 16;
+#pragma unroll
+    for (int c = 0; c < d / CHUNK; c++)
+        for (int i = thread; i < (rows - first) * row_pieces; i += n_thread)
+            store_16(&in.chunk[c][first + i / row_pieces][i % row_pieces * 8],
+                     make_uint4(0, 0, 0, 0));
+    ptx_fence_proxy_async();
+}
+
+template <int d>
+__device__ __forceinline__ void copy_block(swizzled_rows<d, BLOCK_KEYS> &to, const CUtensorMap &map,
+                                           uint64_t &full, int key, int kv_head) {
+    ptx_mbarrier_arrive_expect_tx(&full, sizeof to);
+#pragma unroll
+    for (int c = 0; c < d / CHUNK; c++)
+        ptx_tma_load_3d(to.chunk[c], &map, &full, c * CHUNK, key, kv_head);
+}
+
+template <int d> struct producer {
+    ring<SLOTS> tile;
+    ring<shared_memory<d>::STAGES> k, v;
+
+    // One lane: K and V of a run, in the order in which they are used.
+    __device__ __forceinline__ void copy_keys(shared_memory<d> &shared, const tensor_maps &maps,
+                                              const attention_run &run, int kv_head) {
+        const int first = static_cast<int>(run.first_key);
+        const int n_block = ceil_div(run.n_key, BLOCK_KEYS);
+        for (int b = 0; b <= n_block; b++) {
+            if (b < n_block) {
+                wait(shared.k_empty[k.stage], k.parity ^ 1);
+                copy_block<d>(shared.k[k.stage], maps.k, shared.k_full[k.stage],
+                              first + b * BLOCK_KEYS, kv_head);
+                k.advance();
+            }
+            if (b > 0) {
+                wait(shared.v_empty[v.stage], v.parity ^ 1);
+                copy_block<d>(shared.v[v.stage], maps.v, shared.v_full[v.stage],
+                              first + (b - 1) * BLOCK_KEYS, kv_head);
+                v.advance();
+            }
+        }
+    }
+
+    // The warp: all runs of a piece.
+    __device__ __forceinline__ void copy_item(const ifkv_attention_call &call,
+                                              shared_memory<d> &shared, const tensor_maps &maps,
+                                              const ifkv_attention_item &item) {
+        int64_t row = item.tile * call.plan.tile_rows;
+        const int64_t limit = min(row + call.plan.tile_rows, call.n_row);
+        while (row < limit) {
+            tile_slot &slot = shared.tile[tile.stage];
+            wait(shared.tile_empty[tile.stage], tile.parity ^ 1);
+            const attention_run run = find_run(call, row, limit, item.part, slot.length);
+            __syncwarp(); // all lengths are written
+            if (lane_index() == 0) {
+                uint64_t &full = shared.tile_full[tile.stage];
+                slot.run = run;
+                slot.kv_head = item.kv_head;
+                slot.part = item.part;
+                const int stacked = call.plan.tile_rows * call.plan.group;
+                ptx_mbarrier_arrive_expect_tx(
+                    &full, static_cast<uint32_t>(stacked * ROW_BYTES * (d / CHUNK)));
+#pragma unroll
+                for (int c = 0; c < d / CHUNK; c++)
+                    ptx_tma_load_4d(shared.q[tile.stage].chunk[c], &maps.q, &full, c * CHUNK, 0,
+                                    static_cast<int>(row), item.kv_head);
+                copy_keys(shared, maps, run, item.kv_head);
+            }
+            __syncwarp();
+            tile.advance();
+            row += run.n_row;
+        }
+    }
+
+    __device__ __forceinline__ void run(const ifkv_attention_call &call, shared_memory<d> &shared,
+                                        const tensor_maps &maps) {
+        for (;;) {
+            unsigned next = 0;
+            if (lane_index() == 0) next = atomicAdd(call.next_item, 1u);
+            next = __shfl_sync(IFKV_ALL_LANES, next, 0);
+            if (next >= call.plan.n_item) break;
+            copy_item(call, shared, maps, ifkv_attention_item_at(&call.plan, next));
+        }
+        if (lane_index() == 0) {
+            wait(shared.tile_empty[tile.stage], tile.parity ^ 1);
+            shared.tile[tile.stage].run.n_row = 0;
+            ptx_mbarrier_arrive(&shared.tile_full[tile.stage]);
+        }
+    }
+};
+
+// The products are issued here and waited for later.  Each has a fence of its own: ptxas serialises
+// one that stands in a branch without (C7520).
+
+// s [64, BLOCK_KEYS] = q k^T of a warpgroup.
+template <int d>
+__device__ __forceinline__ void issue_scores(const swizzled_rows<d, TILE_M> &q, int first_row,
+                                             const swizzled_rows<d, BLOCK_KEYS> &k,
+                                             float (&s)[BLOCK_KEYS / 2]) {
+    ptx_wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < d / CHUNK; c++) {
+        const uint64_t a = ptx_wgmma_descriptor(q.chunk[c][first_row], 0, ATOM_BYTES);
+        const uint64_t b = ptx_wgmma_descriptor(k.chunk[c], 0, ATOM_BYTES);
+#pragma unroll
+        for (int step = 0; step < CHUNK / 16; step++)
+            ptx_wgmma_ss<0>(s, ptx_wgmma_descriptor_advance(a, 32 * step),
+                            ptx_wgmma_descriptor_advance(b, 32 * step), c + step > 0);
+    }
+    ptx_wgmma_commit();
+}
+
+// o [64, d] += p v.
+template <int d>
+__device__ __forceinline__ void issue_values(const uint32_t (&p)[BLOCK_KEYS / 16][4],
+                                             const swizzled_rows<d, BLOCK_KEYS> &v,
+                                             float (&o)[d / 2]) {
+    ptx_wgmma_fence();
+    const uint64_t b = ptx_wgmma_descriptor(v.chunk, BLOCK_KEYS * ROW_BYTES, ATOM_BYTES);
+#pragma unroll
+    for (int step = 0; step < BLOCK_KEYS / 16; step++)
+        ptx_wgmma_rs<1>(o, p[step], ptx_wgmma_descriptor_advance(b, 16 * ROW_BYTES * step), 1);
+    ptx_wgmma_commit();
+}
+
+template <int d> struct consumer {
+    const int warpgroup; // 0 .. CONSUMERS - 1
+    ring<SLOTS> tile;
+    ring<shared_memory<d>::STAGES> k, v;
+
+    __device__ __forceinline__ explicit consumer(int index) : warpgroup(index) {
+    }
+
+    __device__ __forceinline__ void take_turn() const {
+        ptx_bar_sync(BARRIER_TURN + warpgroup, 2 * WARPGROUP);
+    }
+    __device__ __forceinline__ void pass_turn() const {
+        ptx_bar_arrive(BARRIER_TURN + (warpgroup + 1) % CONSUMERS, 2 * WARPGROUP);
+    }
+    // By each warp for itself: another's reads may still be under way.
+    __device__ __forceinline__ static void release(uint64_t &empty) {
+        __syncwarp();
+        if (lane_index() == 0) ptx_mbarrier_arrive(&empty);
+    }
+
+    // Rows from `first` on of the stage of V that both warpgroups are about to use.
+    __device__ __forceinline__ void clear_values(shared_memory<d> &shared, int first) const {
+        const int thread = static_cast<int>(threadIdx.x) - WARPGROUP;
+        clear_rows(shared.v[v.stage], first, thread, CONSUMERS * WARPGROUP);
+        ptx_bar_sync(BARRIER_CLEAR, CONSUMERS * WARPGROUP);
+    }
+
+    // All blocks of a run that has keys.
+    __device__ __forceinline__ void attend(const ifkv_attention_call &call,
+                                           shared_memory<d> &shared, const attention_run &run,
+                                           const int (&length)[2], softmax_rows &rows,
+                                           float (&o)[d / 2]) {
+        const swizzled_rows<d, TILE_M> &q = shared.q[tile.stage];
+        float s[BLOCK_KEYS / 2];
+        wait(shared.k_full[k.stage], k.parity);
+        take_turn();
+        issue_scores<d>(q, 64 * warpgroup, shared.k[k.stage], s);
+        pass_turn();
+        ptx_wgmma_wait<0>();
+        ptx_pin(s);
+        release(shared.k_empty[k.stage]);
+        k.advance();
+
+        for (int first = 0; first < run.n_key; first += BLOCK_KEYS) {
+            const int next = first + BLOCK_KEYS;
+            if (next > run.n_shared) {
+                const int left[2] = {length[0] - first, length[1] - first};
+                mask_scores(s, left);
+            }
+            float decay[2];
+            uint32_t p[BLOCK_KEYS / 16][4];
+            softmax_block(s, call.scale_log2, rows, decay);
+            scale_rows(o, decay);
+            pack_probabilities(s, p);
+
+            wait(shared.v_full[v.stage], v.parity);
+            if (next > run.n_key) clear_values(shared, run.n_key - first);
+            const bool is_last = next >= run.n_key;
+            if (!is_last) wait(shared.k_full[k.stage], k.parity);
+            take_turn();
+            issue_values<d>(p, shared.v[v.stage], o);
+            if (!is_last) issue_scores<d>(q, 64 * warpgroup, shared.k[k.stage], s);
+            pass_turn();
+            ptx_wgmma_wait<0>();
+            ptx_pin(o);
+            ptx_pin(s);
+            release(shared.v_empty[v.stage]);
+            v.advance();
+            if (!is_last) {
+                release(shared.k_empty[k.stage]);
+                k.advance();
+            }
+        }
+    }
+
+    __device__ __forceinline__ void run(const ifkv_attention_call &call, shared_memory<d> &shared) {
+        const int stacked = 64 * warpgroup + 16 * (warp_index() % 4) + lane_index() / 4;
+        if (warpgroup == CONSUMERS - 1) pass_turn(); // the first is warpgroup 0's
+        for (;;) {
+            const tile_slot &slot = shared.tile[tile.stage];
+            wait(shared.tile_full[tile.stage], tile.parity);
+            const attention_run run = slot.run;
+            if (run.n_row == 0) break;
+            const store_place place =
+                place_rows(call, run, slot.kv_head, slot.part, stacked, slot.length);
+            softmax_rows rows = {{-INFINITY, -INFINITY}, {0, 0}};
+            float o[d / 2];
+#pragma unroll
+            for (int i = 0; i < d / 2; i++) o[i] = 0;
+            if (run.n_key > 0) attend(call, shared, run, place.length, rows, o);
+            release(shared.tile_empty[tile.stage]);
+            tile.advance();
+            store_rows(call, place, rows, o);
+        }
+        if (warpgroup == 0) take_turn(); // the last one, which nobody needs
+    }
+};
+
+template <int d> __device__ __forceinline__ void init_barriers(shared_memory<d> &shared) {
+    for (int i = 0; i < SLOTS; i++) {
+        ptx_mbarrier_init(&shared.tile_full[i], 1);
+        ptx_mbarrier_init(&shared.tile_empty[i], CONSUMER_WARPS);
+    }
+    for (int i = 0; i < shared_memory<d>::STAGES; i++) {
+        ptx_mbarrier_init(&shared.k_full[i], 1);
+        ptx_mbarrier_init(&shared.v_full[i], 1);
+        ptx_mbarrier_init(&shared.k_empty[i], CONSUMER_WARPS);
+        ptx_mbarrier_init(&shared.v_empty[i], CONSUMER_WARPS);
+    }
+    ptx_fence_mbarrier_init();
+}
+
+template <int d>
+__global__ void __launch_bounds__(THREADS, 1)
+    attention_sm90_kernel(const __grid_constant__ ifkv_attention_call call,
+                          const __grid_constant__ tensor_maps maps) {
+    shared_memory<d> &shared = ifkv_shared<shared_memory<d>>();
+    if (threadIdx.x == 0) init_barriers<d>(shared);
+    // rows of Q that no copy fills, where the group does not divide the tile: never stored, but
+    // what was never written must not be multiplied either
+    for (int i = 0; i < SLOTS; i++)
+        clear_rows(shared.q[i], call.plan.tile_rows * call.plan.group,
+                   static_cast<int>(threadIdx.x), THREADS);
+    __syncthreads(); // barriers and spare rows are ready
+    const int warpgroup = static_cast<int>(threadIdx.x) / WARPGROUP;
+    if (warpgroup == 0) {
+        ptx_setmaxnreg_dec<40>();
+        if (warp_index() == 0) producer<d>{}.run(call, shared, maps);
+    } else {
+        ptx_setmaxnreg_inc<232>();
+        consumer<d>(warpgroup - 1).run(call, shared);
+    }
+}
+
+using encode_function = decltype(&cuTensorMapEncodeTiled);
+
+/* The driver's encoder, asked for at run time: linked to libcuda, the program would not start where
+ * there is no driver. */
+encode_function find_encoder() {
+    void *found = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                               12000, cudaEnableDefault, &result);
+    const bool is_found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return is_found ? reinterpret_cast<encode_function>(found) : nullptr;
+}
+
+/* A bfloat16 tensor of `rank` dimensions, innermost first; strides in elements, of all dimensions
+ * but the innermost. */
+struct tensor_shape {
+    cuuint32_t rank;
+    cuuint64_t dims[4], strides[3];
+    cuuint32_t box[4];
+};
+
+ifkv_status encode(encode_function encoder, const void *data, tensor_shape shape,
+                   CUtensorMap *map) {
+    const cuuint32_t steps[] = {1, 1, 1, 1};
+    for (cuuint64_t &stride : shape.strides) stride *= sizeof(__nv_bfloat16);
+    const CUresult result = encoder(
+        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, shape.rank, const_cast<void *>(data), shape.dims,
+        shape.strides, shape.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    IFKV_REQUIRE(result == CUDA_SUCCESS, IFKV_ERR_INTERNAL, IFKV_E_BACKEND,
+                 "attention: no tensor map for %p: error %d", data, static_cast<int>(result));
+    return IFKV_OK;
+}
+
+ifkv_status make_maps(const ifkv_attention_call &call, tensor_maps *maps) {
+    static const encode_function encoder = find_encoder(); // the same for all devices
+    IFKV_REQUIRE(encoder, IFKV_ERR_RESOURCE, IFKV_E_BACKEND,
+                 "attention: the driver has no cuTensorMapEncodeTiled");
+    const cuuint64_t d = static_cast<cuuint64_t>(call.d_head), n_kv_head = call.plan.n_kv_head,
+                     group = call.plan.group, n_key = call.n_key, n_row = call.n_row;
+    const tensor_shape q = {
+        4,
+        {d, group, n_row, n_kv_head},
+        {d, static_cast<cuuint64_t>(call.q_stride), group * d},
+        {CHUNK, static_cast<cuuint32_t>(group), static_cast<cuuint32_t>(call.plan.tile_rows), 1}};
+    tensor_shape keys = {3,
+                         {d, n_key, n_kv_head},
+                         {static_cast<cuuint64_t>(call.k_stride), d},
+                         {CHUNK, BLOCK_KEYS, 1}};
+    IFKV_TRY(encode(encoder, call.q, q, &maps->q));
+    IFKV_TRY(encode(encoder, call.k, keys, &maps->k));
+    keys.strides[0] = static_cast<cuuint64_t>(call.v_stride);
+    return encode(encoder, call.v, keys, &maps->v);
+}
+
+template <int d>
+cudaError_t launch(const ifkv_cuda_context *context, const ifkv_attention_call *call,
+                   const tensor_maps &maps) {
+    const int64_t n_block = call->plan.n_item < context->n_sm ? call->plan.n_item : context->n_sm;
+    return ifkv_launch(attention_sm90_kernel<d>, dim3(static_cast<unsigned>(n_block)),
+                       dim3(THREADS), sizeof(shared_memory<d>), context->stream, *call, maps);
+}
+
+} // namespace
+
+extern "C" ifkv_status ifkv_cuda_attention_sm90(const ifkv_cuda_context *context,
+                                                const ifkv_attention_call *call) {
+    tensor_maps maps;
+    IFKV_TRY(make_maps(*call, &maps));
+    IFKV_TRY(
+        IFKV_CUDA(cudaMemsetAsync(call->next_item, 0, sizeof *call->next_item, context->stream)));
+    return IFKV_CUDA(call->d_head == 64 ? launch<64>(context, call, maps)
+                                        : launch<128>(context, call, maps));
+}

@@ -1,0 +1,426 @@
+/* Whole prefills of a back end that computes in bfloat16, against float32 (algorithm 8).
+ *
+ *   test_device cuda
+ *
+ * Three kinds of run over the same weights, which are numbers of bfloat16: `want` on the CPU in
+ * float32; `narrow` the same, with every activation and every row of K and V rounded to bfloat16
+ * when it is written, which is what such a back end does by definition and shares no line with its
+ * kernels; `got` on the device.  The bound is the rule's: got may be 1.5 times as far from want as
+ * narrow is.  Errors are relative and in L2 over all cases together, of K and V of all layers, of
+ * the first logits, and of scores; roundings are so many that the two errors are of one size. */
+#include "tiny.h"
+
+#include "comm.h"
+#include "engine.h"
+#include "gen.h"
+#include "model_files.h"
+
+#define BOUND 1.5
+
+enum { N_CASE = TINY_N_SHAPE };
+
+typedef struct device_case {
+    char *model;
+    const tiny_shape *shape;
+    uint64_t weight_seed;
+    tiny_request request;
+    tiny_run want, narrow, got; /* of method infoflow, want's selection given to the others */
+} device_case;
+
+static const char *backend_name;
+static uint64_t seed;
+static device_case cases[N_CASE];
+
+/* ---- the CPU in bfloat16 ---- */
+
+static ifkv_backend_ops narrow_ops;
+static const ifkv_backend_ops *wide_ops;
+static int64_t n_vocab; /* logits stay float32 */
+
+static void narrow_view(const ifkv_view *view) {
+    float *data = view->data;
+    for (int64_t r = 0; r < view->n_row; r++)
+        for (int64_t c = 0; c < view->n_col; c++) {
+            float *at = &data[r * view->stride + c];
+            *at = (float)gen_round(IFKV_DTYPE_BF16, (double)*at);
+        }
+}
+
+static ifkv_status narrow_matmul(ifkv_backend *backend, const ifkv_view *x, const ifkv_view *w,
+                                 bool add_to_out, const ifkv_view *out) {
+    IFKV_TRY(wide_ops->matmul(backend, x, w, add_to_out, out));
+    if (out->n_col != n_vocab) narrow_view(out);
+    return IFKV_OK;
+}
+
+static ifkv_status narrow_rms_norm(ifkv_backend *backend, const ifkv_view *x,
+                                   const ifkv_view *weight, double eps, const ifkv_view *out) {
+    IFKV_TRY(wide_ops->rms_norm(backend, x, weight, eps, out));
+    narrow_view(out);
+    return IFKV_OK;
+}
+
+static ifkv_status narrow_rope(ifkv_backend *backend, const ifkv_view *x, int n_head,
+                               const ifkv_view *weight, double eps, const ifkv_view *cos_sin) {
+    IFKV_TRY(wide_ops->rope(backend, x, n_head, weight, eps, cos_sin));
+    narrow_view(x);
+    return IFKV_OK;
+}
+
+static ifkv_status narrow_swiglu(ifkv_backend *backend, const ifkv_view *gate_up,
+                                 const ifkv_view *out) {
+    IFKV_TRY(wide_ops->swiglu(backend, gate_up, out));
+    narrow_view(out);
+    return IFKV_OK;
+}
+
+/* Partial results, which stay float32, lie beside their lse: their rows are not dense. */
+static void narrow_attended(const ifkv_view *out) {
+    if (out->data && out->dtype == IFKV_DTYPE_F32 && out->stride == out->n_col) narrow_view(out);
+}
+
+static ifkv_status narrow_attention(ifkv_backend *backend, const ifkv_attention_args *args) {
+    IFKV_TRY(wide_ops->attention(backend, args));
+    narrow_attended(&args->out);
+    return IFKV_OK;
+}
+
+static ifkv_status narrow_merge(ifkv_backend *backend, const ifkv_merge_args *args) {
+    IFKV_TRY(wide_ops->merge(backend, args));
+    narrow_attended(&args->out);
+    return IFKV_OK;
+}
+
+/* The weights are drawn in float32: round them to what the device holds. */
+static ifkv_status round_weights(ifkv_engine *engine) {
+    const ifkv_view all = ifkv_view_make(engine->model.base, IFKV_DTYPE_F32, 1,
+                                         (int64_t)(engine->model.bytes / sizeof(float)),
+                                         (int64_t)(engine->model.bytes / sizeof(float)));
+    narrow_view(&all);
+    return IFKV_OK;
+}
+
+static ifkv_status compute_narrowly(ifkv_engine *engine) {
+    wide_ops = engine->backend->ops;
+    n_vocab = engine->model.config.n_vocab;
+    narrow_ops = *wide_ops;
+    narrow_ops.matmul = narrow_matmul;
+    narrow_ops.rms_norm = narrow_rms_norm;
+    narrow_ops.rope = narrow_rope;
+    narrow_ops.swiglu = narrow_swiglu;
+    narrow_ops.attention = narrow_attention;
+    narrow_ops.merge = narrow_merge;
+    engine->backend->ops = &narrow_ops;
+    return round_weights(engine);
+}
+
+/* ---- runs ---- */
+
+static tiny_run run_on(const device_case *it, const char *backend, tiny_engine_fn before, int size,
+                       ifkv_prefill_options options) {
+    tiny_run run = {.model = it->model,
+                    .backend = backend,
+                    .weight_seed = it->weight_seed,
+                    .request = &it->request.request,
+                    .options = options,
+                    .before = before};
+    options.ratio = options.ratio ? options.ratio : "0.3";
+    run.options = options;
+    assert_ok(tiny_run_on(size, &run));
+    return run;
+}
+
+static tiny_run want_of(const device_case *it, ifkv_prefill_options options) {
+    return run_on(it, "cpu", round_weights, 1, options);
+}
+
+static tiny_run narrow_of(const device_case *it, ifkv_prefill_options options) {
+    return run_on(it, "cpu", compute_narrowly, 1, options);
+}
+
+static tiny_run got_on(const device_case *it, int size, ifkv_prefill_options options) {
+    return run_on(it, backend_name, NULL, size, options);
+}
+
+/* The selection of a run, for another one; 0 rows cannot be given, and need not be. */
+static ifkv_prefill_options select_as(const tiny_run *run, ifkv_prefill_options options) {
+    options.selected = run->n_selected ? run->selected : NULL;
+    options.n_selected = run->n_selected;
+    return options;
+}
+
+static int make_cases(void **state) {
+    if (dir_setup(state)) return -1;
+    /* a chunk of one token, several tiles of keys, one chunk alone, no prefix */
+    static const int64_t length[N_CASE][5] = {
+        {17, 1, 40, 33, 70}, {20, 1, 31, 64, 9}, {130, 2, 65, 3, 40}, {37}};
+    static const int64_t n_chunk[N_CASE] = {5, 5, 5, 1}, n_prefix[N_CASE] = {3, 0, 1, 2};
+    for (int i = 0; i < N_CASE; i++) {
+        device_case *it = &cases[i];
+        it->shape = &tiny_shapes[i];
+        it->model = tiny_model(*state, it->shape, -1);
+        it->weight_seed = (uint64_t)tiny_below(&seed, 1 << 30);
+        it->request = tiny_request_make(&seed, it->shape->n_vocab, n_prefix[i], n_chunk[i],
+                                        length[i], 5, i % 2 ? 4 : 0);
+        const ifkv_prefill_options options = {.max_new = 3};
+        it->want = want_of(it, options);
+        it->narrow = narrow_of(it, select_as(&it->want, options));
+        it->got = got_on(it, 1, select_as(&it->want, options));
+    }
+    return 0;
+}
+
+static int free_cases(void **state) {
+    for (int i = 0; i < N_CASE; i++) {
+        tiny_run_fini(&cases[i].want), tiny_run_fini(&cases[i].narrow);
+        tiny_run_fini(&cases[i].got), tiny_request_fini(&cases[i].request);
+        free(cases[i].model);
+    }
+    return dir_teardown(state);
+}
+
+/* ---- errors ---- */
+
+/* Squares of an error and of what it is relative to, over many tensors. */
+typedef struct distance {
+    double difference, norm;
+} distance;
+
+static void add_tensor(distance *d, const float *got, const float *want, int64_t n) {
+    double norm = 0;
+    for (int64_t i = 0; i < n; i++) norm += (double)want[i] * (double)want[i];
+    for (int64_t i = 0; i < n; i++) /* every tensor counts alike */
+        d->difference += pow((double)got[i] - (double)want[i], 2) / norm;
+    d->norm += 1;
+}
+
+typedef struct distances {
+    distance rows, logits, scores;
+} distances;
+
+static void add_run(distances *d, const tiny_run *got, const tiny_run *want) {
+    const int64_t n = want->n_context * want->n_col;
+    for (int layer = 0; layer < want->n_layer; layer++) {
+        add_tensor(&d->rows, got->k + layer * n, want->k + layer * n, n);
+        add_tensor(&d->rows, got->v + layer * n, want->v + layer * n, n);
+    }
+    add_tensor(&d->logits, got->logits, want->logits, want->n_vocab);
+    if (got->scores && want->scores)
+        add_tensor(&d->scores, got->scores, want->scores, want->n_context);
+}
+
+static double size_of(distance d) {
+    return sqrt(d.difference / d.norm);
+}
+
+static void assert_bounded(const char *what, distances got, distances narrow) {
+    print_message("%s: error of the device / of bfloat16: rows %.2e / %.2e, logits %.2e / %.2e\n",
+                  what, size_of(got.rows), size_of(narrow.rows), size_of(got.logits),
+                  size_of(narrow.logits));
+    assert_within(size_of(got.rows), BOUND * size_of(narrow.rows));
+    assert_within(size_of(got.logits), BOUND * size_of(narrow.logits));
+}
+
+/* ---- claims ---- */
+
+static void errors_are_those_of_bfloat16(void **state) {
+    (void)state;
+    distances got = {0}, narrow = {0};
+    for (int i = 0; i < N_CASE; i++) {
+        add_run(&got, &cases[i].got, &cases[i].want);
+        add_run(&narrow, &cases[i].narrow, &cases[i].want);
+    }
+    assert_true(size_of(narrow.rows) > 1e-4); /* or narrow is not */
+    assert_bounded("infoflow, 1 rank", got, narrow);
+}
+
+/* The rows a run selected are the best of its own scores: larger first, ties to the lower index. */
+static void assert_best(const device_case *it, const tiny_run *run) {
+    const int64_t first = tiny_request_end(&it->request, 0);
+    for (int64_t i = 0, s = 0; i < run->n_context; i++) {
+        const bool is_selected = s < run->n_selected && run->selected[s] == i;
+        s += is_selected;
+        if (i < first) assert_false(is_selected);
+        if (i < first || is_selected) continue;
+        for (int64_t j = 0; j < run->n_selected; j++) {
+            const int64_t other = run->selected[j];
+            assert_true(run->scores[other] > run->scores[i] ||
+                        (run->scores[other] == run->scores[i] && other < i));
+        }
+    }
+}
+
+/* The k-th best score: the least of those selected. */
+static double threshold_of(const tiny_run *run) {
+    double least = INFINITY;
+    for (int64_t j = 0; j < run->n_selected; j++)
+        least = fmin(least, (double)run->scores[run->selected[j]]);
+    return least;
+}
+
+/* Rows selected in one run only lie within `gap`, relative, of the threshold of `run`. */
+static void assert_selection(const tiny_run *run, const tiny_run *other, double gap) {
+    const double threshold = threshold_of(run);
+    assert_int_equal(run->n_selected, other->n_selected);
+    for (int64_t index = 0, a = 0, b = 0; index < run->n_context; index++) {
+        const bool in_run = a < run->n_selected && run->selected[a] == index,
+                   in_other = b < other->n_selected && other->selected[b] == index;
+        a += in_run, b += in_other;
+        if (in_run != in_other)
+            assert_within(fabs((double)run->scores[index] - threshold), gap * threshold);
+    }
+}
+
+/* Scores err as bfloat16 does, and rows that change places are no farther from the threshold than
+ * the largest error of a score that this allows. */
+static void selection_follows_the_scores(void **state) {
+    (void)state;
+    distances got = {0}, narrow = {0};
+    for (int i = 0; i < N_CASE; i++) {
+        const device_case *it = &cases[i];
+        if (!it->want.scores) continue;
+        tiny_run near = narrow_of(it, (ifkv_prefill_options){0}),
+                 device = got_on(it, 1, (ifkv_prefill_options){0});
+        double worst = 0; /* relative error of a score */
+        for (int64_t x = 0; x < near.n_context; x++)
+            worst = fmax(worst, fabs((double)near.scores[x] / (double)it->want.scores[x] - 1));
+        add_run(&got, &device, &it->want);
+        add_run(&narrow, &near, &it->want);
+        assert_best(it, &device);
+        assert_selection(&it->want, &device, 2 * BOUND * worst);
+        tiny_run_fini(&near), tiny_run_fini(&device);
+    }
+    print_message("scores: error of the device / of bfloat16: %.2e / %.2e\n", size_of(got.scores),
+                  size_of(narrow.scores));
+    assert_within(size_of(got.scores), BOUND * size_of(narrow.scores));
+}
+
+/* I11, I12: how many ranks there are moves no row farther than the rounding of its score, and no
+ * result out of its bound. */
+static void ranks_change_nothing_beyond_rounding(void **state) {
+    (void)state;
+    const char *const exchanges[] = {"delta", "query"};
+    distances got = {0}, narrow = {0};
+    for (int i = 0; i < 2; i++) {
+        const device_case *it = &cases[2 * i]; /* five chunks */
+        const ifkv_prefill_options options = {.exchange = exchanges[i]};
+        tiny_run one = got_on(it, 1, options), three = got_on(it, 3, options),
+                 fixed = got_on(it, 3, select_as(&it->want, options));
+        assert_selection(&one, &three, 1e-3);
+        add_run(&got, &fixed, &it->want);
+        add_run(&narrow, &it->narrow, &it->want);
+        tiny_run_fini(&one), tiny_run_fini(&three), tiny_run_fini(&fixed);
+    }
+    assert_bounded("3 ranks", got, narrow);
+}
+
+/* I2, I15: every row recomputed, and the exact methods, are full prefill. */
+static void exact_methods_are_full_prefill(void **state) {
+    (void)state;
+    const device_case *it = &cases[1];
+    const ifkv_prefill_options full = {.method = "full"};
+    tiny_run want = want_of(it, full), near = narrow_of(it, full);
+    const struct {
+        const char *method;
+        int size;
+    } ways[] = {{"full", 1}, {"all", 1}, {"all", 2}, {"ring", 2}, {"allgather", 3}};
+    distances narrow = {0};
+    add_run(&narrow, &near, &want);
+    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+        distances got = {0};
+        tiny_run run = got_on(it, ways[i].size, (ifkv_prefill_options){.method = ways[i].method});
+        add_run(&got, &run, &want);
+        assert_bounded(ways[i].method, got, narrow);
+        tiny_run_fini(&run);
+    }
+    tiny_run_fini(&want), tiny_run_fini(&near);
+}
+
+/* Weights of the engine at hand, one tensor after the other, as numbers; the caller frees them. */
+static double *weights_of(const ifkv_engine *engine, int64_t *n_p) {
+    const ifkv_model *model = &engine->model;
+    ifkv_view view[3 + 8 * 8] = {model->embed, model->final_norm, model->lm_head};
+    int n_view = 3;
+    for (int l = 0; l < model->config.n_layer && l < 8; l++) {
+        const ifkv_layer_weights *w = &model->layer[l];
+        const ifkv_view of[] = {w->attention_norm, w->qkv,     w->q_norm, w->k_norm, w->o,
+                                w->mlp_norm,       w->gate_up, w->down};
+        for (int i = 0; i < 8; i++) view[n_view++] = of[i];
+    }
+    int64_t n = 0;
+    for (int i = 0; i < n_view; i++) n += view[i].n_row * view[i].n_col;
+    double *value = malloc((size_t)n * sizeof *value), *next = value;
+    if (!value) abort(); /* a test without memory has no verdict */
+    for (int i = 0; i < n_view; i++) {
+        const int64_t m = view[i].n_row * view[i].n_col;
+        const size_t element = ifkv_dtype_bytes(view[i].dtype);
+        char *stored = malloc((size_t)m * element + 1);
+        if (!stored) abort();
+        if (m)
+            engine->backend->ops->download(engine->backend, stored, view[i].data,
+                                           (size_t)m * element);
+        for (int64_t j = 0; j < m; j++)
+            *next++ = gen_decode(view[i].dtype, stored + (size_t)j * element);
+        free(stored);
+    }
+    *n_p = n;
+    return value;
+}
+
+static double *host_weights;
+static int64_t n_host_weight;
+static bool are_alike;
+
+static ifkv_status keep_weights(ifkv_engine *engine) {
+    host_weights = weights_of(engine, &n_host_weight);
+    return IFKV_OK;
+}
+
+static ifkv_status compare_weights(ifkv_engine *engine) {
+    int64_t n = 0;
+    double *device = weights_of(engine, &n);
+    are_alike = n == n_host_weight && n > 0;
+    for (int64_t i = 0; i < n && are_alike; i++)
+        are_alike = device[i] == gen_round(IFKV_DTYPE_BF16, host_weights[i]);
+    free(device);
+    return IFKV_OK;
+}
+
+/* Drawn on the device, they are those the host draws, rounded. */
+static void weights_of_a_seed_are_the_same_everywhere(void **state) {
+    (void)state;
+    for (int i = 0; i < N_CASE; i += 2) { /* llama with a tied head, qwen3 with norms of heads */
+        const ifkv_prefill_options none = {.method = "none"};
+        tiny_run host = run_on(&cases[i], "cpu", keep_weights, 1, none),
+                 device = run_on(&cases[i], backend_name, compare_weights, 1, none);
+        free(host_weights);
+        assert_true(are_alike);
+        tiny_run_fini(&host), tiny_run_fini(&device);
+    }
+}
+
+/* I22. */
+static void same_inputs_give_the_same_bits(void **state) {
+    (void)state;
+    const device_case *it = &cases[0];
+    const ifkv_prefill_options options = {.max_new = 3};
+    tiny_run again = got_on(it, 1, select_as(&it->want, options));
+    assert_true(tiny_same_rows(&again, &it->got));
+    assert_memory_equal(again.logits, it->got.logits, (size_t)again.n_vocab * sizeof(float));
+    assert_memory_equal(again.answer, it->got.answer, (size_t)again.n_answer * sizeof(int32_t));
+    tiny_run_fini(&again);
+}
+
+int main(int argc, char **argv) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(weights_of_a_seed_are_the_same_everywhere),
+        cmocka_unit_test(errors_are_those_of_bfloat16),
+        cmocka_unit_test(selection_follows_the_scores),
+        cmocka_unit_test(ranks_change_nothing_beyond_rounding),
+        cmocka_unit_test(exact_methods_are_full_prefill),
+        cmocka_unit_test(same_inputs_give_the_same_bits),
+    };
+    backend_name = argc > 1 ? argv[1] : "cuda";
+    seed = tiny_seed();
+    return cmocka_run_group_tests(tests, make_cases, free_cases);
+}
