@@ -15,7 +15,7 @@ typedef struct cli_options {
     const char *method, *ratio, *exchange, *score, *score_rows, *score_layers, *geometry, *hp,
         *placement, *ride, *scoring;
     const char *backend, *comm, *store, *store_size;
-    const char *lengths, *methods, *links;
+    const char *lengths, *methods, *links, *device;
     int64_t chunk, max_new, epic_k, ranks, threads, collective_timeout, repeat, warm_up;
     uint64_t seed, random_weights;
     bool has_random_weights, has_chunk;
@@ -44,7 +44,8 @@ enum {
     CLI_RANKS = 16,
     CLI_TALK = 32,
     CLI_STORE = 64,
-    CLI_BENCH = 128
+    CLI_BENCH = 128, /* prefill tables */
+    CLI_SCALE = 256  /* lengths and links: of tables and plans */
 };
 
 extern const cli_command cli_commands[];
@@ -68,6 +69,7 @@ ifkv_status cli_check(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_verify(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_inspect(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_store(ifkv_comm *comm, const cli_options *options);
+ifkv_status cli_plan(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_bench(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_version(ifkv_comm *comm, const cli_options *options);
 

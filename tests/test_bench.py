@@ -1,4 +1,4 @@
-"""`ifkv bench prefill` from outside: what its rows promise, and the plots."""
+"""`ifkv bench prefill` and `ifkv plan` from outside: what their rows promise, and the plots."""
 import json
 import os
 import subprocess
@@ -105,6 +105,57 @@ class Bench(unittest.TestCase):
 
     def test_published_times_stand_beside_the_published_shape_only(self):
         self.assertNotIn("published", self.bench("--lengths", "300", "--methods", "full").stdout)
+
+
+class Plan(unittest.TestCase):
+    def plan(self, *args):
+        done = subprocess.run([BIN, "plan", "--model", "configs/models/Qwen3-14B", *args], cwd=ROOT, capture_output=True, text=True,
+                              timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout
+
+    def rows(self, *args):
+        found = {}
+        for line in self.plan("--json", *args).splitlines():
+            row = json.loads(line)
+            found[row["tokens"], row["way"]] = row
+        return found
+
+    def test_floors_are_those_of_the_published_analysis(self):
+        # algorithm 9.2, P = 4, ratio 0.15, chunks of 2048, ms: (fast, slow) rates, rounded up there
+        want = {
+            8192: [(352, 388), (88, 97), (96, 108), (94, 102), (19, 21)],
+            16384: [(788, 886), (197, 222), (229, 263), (191, 208), (36, 40)],
+            32768: [(1914, 2212), (479, 553), (606, 718), (394, 432), (79, 91)],
+            131072: [(15774, 19403), (3944, 4851), (5974, 7490), (1878, 2123), (603, 741)],
+        }
+        ways = ["full, one rank", "ring", "allgather", "infoflow/delta", "infoflow/delta/warm"]
+        rows = self.rows("--ranks", "4")
+        for tokens, floors in want.items():
+            for way, (fast, slow) in zip(ways, floors):
+                row = rows[tokens, way]
+                self.assertTrue(fast - 1.5 <= row["floor_fast_ms"] <= fast + 1, (tokens, way, row))
+                self.assertTrue(slow - 1.5 <= row["floor_slow_ms"] <= slow + 1, (tokens, way, row))
+
+    def test_bytes_and_memory_are_those_of_the_formulas(self):
+        row = 2 * 8 * 128 * 2  # K and V of a token and layer, bf16
+        for tokens, ranks in ((32768, 4), (1 << 20, 128)):
+            rows = self.rows("--lengths", str(tokens), "--ranks", str(ranks))
+            share = (ranks - 1) / ranks
+            self.assertAlmostEqual(rows[tokens, "ring"]["mb_per_rank_and_layer"], share * tokens * row / 1e6, places=2)
+            selected = int(0.15 * tokens)
+            self.assertAlmostEqual(rows[tokens, "infoflow/delta"]["mb_per_rank_and_layer"], share * selected * row / 1e6,
+                                   delta=row / 1e6 * ranks)
+            memory = rows[tokens, "infoflow/delta"]["memory"]
+            self.assertEqual(memory["copy"], tokens * row * 40)
+            self.assertEqual(memory["fits"], tokens == 32768)
+            self.assertTrue(rows[tokens, "infoflow/query"]["memory"]["fits"])
+
+    def test_choice_follows_length(self):
+        text = self.plan("--lengths", "8192,131072", "--ranks", "4")
+        self.assertIn("8192 tokens: --method auto takes ring (infoflow/delta ", text)
+        self.assertIn("131072 tokens: --method auto takes infoflow (infoflow/delta ", text)
+        self.assertRegex(text, r"from about 1\d\d\d\d tokens on")
 
 
 if __name__ == "__main__":
