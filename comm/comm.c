@@ -8,6 +8,7 @@
  * the only conditionals here.  Nothing below allocates. */
 #include "comm.h"
 #include "tensor.h"
+#include "timeline.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -89,6 +90,11 @@ const char *ifkv_comm_name(const ifkv_comm *comm) {
     return comm->is_nccl ? "nccl" : comm->ops->name;
 }
 
+/* Who carries host values. */
+static ifkv_comm *control_of(const ifkv_comm *comm) {
+    return comm->control ? comm->control : (ifkv_comm *)comm;
+}
+
 ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, bool has_own_memory,
                              ifkv_comm **data_p) {
     if (comm->is_auto) comm->is_nccl = IFKV_HAVE_NCCL && backend->stream && has_own_memory;
@@ -96,6 +102,7 @@ ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, bool has_ow
                  "communicator nccl: got back end %s, expected one that computes on GPUs",
                  backend->ops->name);
     *data_p = comm;
+    comm->backend = backend;
     if (!backend->stream) return IFKV_OK;
     IFKV_TRY((comm->is_nccl ? NCCL_ATTACH : comm->ops->attach)(comm, backend, data_p));
     (*data_p)->control = comm;
@@ -103,7 +110,9 @@ ifkv_status ifkv_comm_attach(ifkv_comm *comm, ifkv_backend *backend, bool has_ow
 }
 
 void ifkv_comm_detach(ifkv_comm *data) {
-    if (data && data->control) data->ops->close(data);
+    if (!data) return;
+    control_of(data)->backend = NULL;
+    if (data->control) data->ops->close(data);
 }
 
 ifkv_status ifkv_comm_alloc(ifkv_comm *data, ifkv_backend *backend, size_t bytes, void **data_p) {
@@ -122,13 +131,28 @@ void ifkv_comm_set_timeout(ifkv_comm *comm, double seconds) {
     comm->timeout_s = seconds;
 }
 
-/* Who carries host values. */
-static ifkv_comm *control_of(const ifkv_comm *comm) {
-    return comm->control ? comm->control : (ifkv_comm *)comm;
-}
-
 static void count(ifkv_comm *comm, size_t bytes) {
     control_of(comm)->bytes_received += (int64_t)bytes;
+}
+
+/* Give the turn away for a call, and file it with what it received. */
+static void enter(ifkv_comm *comm, ifkv_timeline_event *event) {
+    ifkv_comm *control = control_of(comm);
+    if (!control->timeline) return;
+    ifkv_timeline_enter(control, event);
+    event->bytes = -control->bytes_received;
+}
+
+static void leave(ifkv_comm *comm, ifkv_timeline_event *event, ifkv_timeline_kind kind) {
+    ifkv_comm *control = control_of(comm);
+    if (!control->timeline) return;
+    event->kind = kind;
+    event->bytes += control->bytes_received;
+    ifkv_timeline_leave(control, event);
+}
+
+void ifkv_comm_phase(ifkv_comm *comm, int phase) {
+    if (comm->timeline) ifkv_timeline_phase(comm, phase);
 }
 
 int ifkv_comm_node_size(const ifkv_comm *comm) {
@@ -148,7 +172,11 @@ int64_t ifkv_comm_received(const ifkv_comm *comm) {
 }
 
 ifkv_status ifkv_comm_barrier(ifkv_comm *comm) {
-    return control_of(comm)->ops->barrier(control_of(comm));
+    ifkv_timeline_event event;
+    enter(comm, &event);
+    const ifkv_status status = control_of(comm)->ops->barrier(control_of(comm));
+    leave(comm, &event, IFKV_TIMELINE_CONTROL);
+    return status;
 }
 
 ifkv_status ifkv_comm_bcast(ifkv_comm *comm, void *data, size_t bytes, int root) {
@@ -156,8 +184,21 @@ ifkv_status ifkv_comm_bcast(ifkv_comm *comm, void *data, size_t bytes, int root)
                  "bcast: communicator or buffer NULL");
     IFKV_REQUIRE(root >= 0 && root < comm->size, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "bcast: root: got %d, expected 0 to %d", root, comm->size - 1);
-    IFKV_TRY(comm->ops->bcast(comm, data, bytes, root));
-    if (comm->rank != root) count(comm, bytes);
+    ifkv_timeline_event event;
+    enter(comm, &event);
+    const ifkv_status status = comm->ops->bcast(comm, data, bytes, root);
+    if (status == IFKV_OK && comm->rank != root) count(comm, bytes);
+    leave(comm, &event, IFKV_TIMELINE_CONTROL);
+    return status;
+}
+
+/* One bcast a rank: slower than all_gather by a few latencies, but needs no arrays of counts, whose
+ * allocation could fail on one rank while the others already wait. */
+static ifkv_status bcast_pieces(ifkv_comm *comm, size_t bytes, char *to) {
+    for (int r = 0; r < comm->size; r++) {
+        IFKV_TRY(comm->ops->bcast(comm, bytes ? to + (size_t)r * bytes : to, bytes, r));
+        if (r != comm->rank) count(comm, bytes);
+    }
     return IFKV_OK;
 }
 
@@ -172,35 +213,44 @@ ifkv_status ifkv_comm_gather(ifkv_comm *comm, const void *send, size_t bytes, vo
     char *to = recv;
     comm = control_of(comm);
     if (bytes) memmove(to + rank * bytes, send, bytes);
-    /* One bcast a rank: slower than all_gather by a few latencies, but needs no arrays of counts,
-     * whose allocation could fail on one rank while the others already wait. */
-    for (size_t r = 0; r < size; r++) {
-        IFKV_TRY(comm->ops->bcast(comm, bytes ? to + r * bytes : to, bytes, (int)r));
-        if (r != rank) count(comm, bytes);
-    }
-    return IFKV_OK;
+    ifkv_timeline_event event;
+    enter(comm, &event);
+    const ifkv_status status = bcast_pieces(comm, bytes, to);
+    leave(comm, &event, IFKV_TIMELINE_CONTROL);
+    return status;
 }
 
 ifkv_status ifkv_comm_all_gather(ifkv_comm *comm, const void *send, void *recv, const size_t *bytes,
                                  const size_t *offset) {
-    IFKV_TRY(comm->ops->all_gather(comm, send, recv, bytes, offset));
-    for (int r = 0; r < comm->size; r++)
+    ifkv_timeline_event event;
+    enter(comm, &event);
+    const ifkv_status status = comm->ops->all_gather(comm, send, recv, bytes, offset);
+    for (int r = 0; r < comm->size && status == IFKV_OK; r++)
         if (r != comm->rank) count(comm, bytes[r]);
-    return IFKV_OK;
+    leave(comm, &event, IFKV_TIMELINE_COLLECTIVE);
+    return status;
 }
 
 ifkv_status ifkv_comm_all_to_all(ifkv_comm *comm, const void *send, const size_t *send_bytes,
                                  const size_t *send_offset, void *recv, const size_t *recv_bytes,
                                  const size_t *recv_offset) {
-    IFKV_TRY(
-        comm->ops->all_to_all(comm, send, send_bytes, send_offset, recv, recv_bytes, recv_offset));
-    for (int r = 0; r < comm->size; r++)
+    ifkv_timeline_event event;
+    enter(comm, &event);
+    const ifkv_status status =
+        comm->ops->all_to_all(comm, send, send_bytes, send_offset, recv, recv_bytes, recv_offset);
+    for (int r = 0; r < comm->size && status == IFKV_OK; r++)
         if (r != comm->rank) count(comm, recv_bytes[r]);
-    return IFKV_OK;
+    leave(comm, &event, IFKV_TIMELINE_COLLECTIVE);
+    return status;
 }
 
 ifkv_status ifkv_comm_all_reduce_i64(ifkv_comm *comm, int64_t *value, int n, ifkv_reduce op) {
-    return control_of(comm)->ops->all_reduce_i64(control_of(comm), value, n, op);
+    ifkv_timeline_event event;
+    enter(comm, &event);
+    const ifkv_status status =
+        control_of(comm)->ops->all_reduce_i64(control_of(comm), value, n, op);
+    leave(comm, &event, IFKV_TIMELINE_CONTROL);
+    return status;
 }
 
 ifkv_status ifkv_comm_shift_begin(ifkv_comm *comm, const void *send, size_t send_bytes, int to,
@@ -220,18 +270,29 @@ ifkv_status ifkv_comm_shift_begin(ifkv_comm *comm, const void *send, size_t send
                                .recv_bytes = recv_bytes,
                                .to = to,
                                .from = from};
-    IFKV_TRY(comm->ops->shift_begin(comm));
-    comm->is_shifting = true;
-    return IFKV_OK;
+    ifkv_timeline_event event;
+    enter(comm, &event);
+    const ifkv_status status = comm->ops->shift_begin(comm);
+    comm->is_shifting = status == IFKV_OK;
+    if (control_of(comm)->timeline) {
+        event.from = from;
+        event.bytes +=
+            from == comm->rank ? 0 : (int64_t)recv_bytes; /* counted when they are there */
+    }
+    leave(comm, &event, IFKV_TIMELINE_SHIFT_BEGIN);
+    return status;
 }
 
 ifkv_status ifkv_comm_shift_wait(ifkv_comm *comm) {
     IFKV_REQUIRE(comm && comm->is_shifting, IFKV_ERR_USAGE, IFKV_E_STATE,
                  "shift: waited for, but none was begun");
     comm->is_shifting = false;
-    IFKV_TRY(comm->ops->shift_wait(comm));
-    if (comm->shift.from != comm->rank) count(comm, comm->shift.recv_bytes);
-    return IFKV_OK;
+    ifkv_timeline_event event;
+    enter(comm, &event);
+    const ifkv_status status = comm->ops->shift_wait(comm);
+    if (status == IFKV_OK && comm->shift.from != comm->rank) count(comm, comm->shift.recv_bytes);
+    leave(comm, &event, IFKV_TIMELINE_SHIFT_WAIT);
+    return status;
 }
 
 ifkv_status ifkv_comm_same(ifkv_comm *comm, uint64_t value, const char *what) {
@@ -285,9 +346,12 @@ ifkv_status ifkv_comm_agree(ifkv_comm *comm, ifkv_status status, int *rank_p) {
     const error_note mine = note_of(comm, status);
     error_note first = mine;
     int64_t lowest = status == IFKV_OK ? comm->size : comm->rank;
+    ifkv_timeline_event event;
+    enter(comm, &event);
     ifkv_status moved = comm->ops->all_reduce_i64(comm, &lowest, 1, IFKV_REDUCE_MIN);
     if (moved == IFKV_OK && lowest < comm->size)
         moved = comm->ops->bcast(comm, &first, sizeof first, (int)lowest);
+    leave(comm, &event, IFKV_TIMELINE_CONTROL);
     if (moved != IFKV_OK) {
         /* Nobody can be told.  A rank that failed by itself keeps its own cause, which says more
          * than that the peers are gone. */

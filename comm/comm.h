@@ -78,11 +78,13 @@ struct ifkv_comm {
     int64_t bytes_received; /* from other ranks, since the caller last set it to 0; payload of all
                                calls but barrier and agree */
     bool is_shifting;
-    ifkv_shift shift;   /* the one under way */
-    ifkv_comm *control; /* borrowed: see above; NULL: buffers are host memory */
-    bool is_auto;       /* attach decides is_nccl */
-    bool is_nccl;       /* back-end memory moves by NCCL, host memory by ops */
-    double timeout_s;   /* see ifkv_comm_set_timeout; 0: the default */
+    ifkv_shift shift;        /* the one under way */
+    ifkv_comm *control;      /* borrowed: see above; NULL: buffers are host memory */
+    bool is_auto;            /* attach decides is_nccl */
+    bool is_nccl;            /* back-end memory moves by NCCL, host memory by ops */
+    double timeout_s;        /* see ifkv_comm_set_timeout; 0: the default */
+    ifkv_backend *backend;   /* borrowed: attached to this rank, whichever memory it computes in */
+    ifkv_timeline *timeline; /* borrowed: records this control's calls and its data's; or NULL */
 };
 
 /* Open the communicator for the memory of a back end, which is borrowed until detach; comm itself
@@ -114,6 +116,8 @@ ifkv_status ifkv_comm_shift_wait(ifkv_comm *comm);
  * in the message. */
 ifkv_status ifkv_comm_same(ifkv_comm *comm, uint64_t value, const char *what);
 void ifkv_comm_abort(ifkv_comm *comm, ifkv_status status);
+/* Tell a timeline which phase begins.  Local. */
+void ifkv_comm_phase(ifkv_comm *comm, int phase);
 /* bytes_received, of calls on back-end memory too.  Local. */
 int64_t ifkv_comm_received(const ifkv_comm *comm);
 int ifkv_comm_node_size(const ifkv_comm *comm);

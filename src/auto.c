@@ -74,6 +74,7 @@ static double estimate(const ifkv_session *session, const bool *is_loaded) {
         .n_prompt = session->n_prompt,
         .n_score_layer = input ? input->score_layer[input->n_score_layer - 1] + 1 : 0,
         .is_loaded = is_loaded,
+        .has_riders = ops->joins_riders && session->rides[IFKV_STAGE_PROMPT],
     };
     const bool is_full = !strcmp(session->method, "full");
     ifkv_cost_way way = IFKV_COST_EXACT;

@@ -38,6 +38,13 @@ const cli_command cli_commands[] = {
      CLI_TALK, 1, false, cli_inspect},
     {"store", "list a chunk store's entries, check them, or remove those used longest ago",
      " ls|verify|prune DIR [--store-size BYTES]", CLI_STORE | CLI_TALK, 2, false, cli_store},
+    {"plan", "compute memory, bytes, floors and times of P devices; run nothing",
+     " --model DIR [--lengths N,...] [--ranks P] [options]",
+     CLI_MODEL | CLI_METHOD | CLI_SCALE | CLI_RANKS | CLI_TALK, 0, false, cli_plan},
+    {"bench", "time methods side by side, with their errors", " prefill --model DIR [options]",
+     CLI_MODEL | CLI_REQUESTS | CLI_METHOD | CLI_BENCH | CLI_SCALE | CLI_OUTPUT | CLI_RANKS |
+         CLI_TALK,
+     1, true, cli_bench},
     {"version", "print versions of ifkv and of what it was built with", "", CLI_TALK, 0, false,
      cli_version},
 };
@@ -172,7 +179,7 @@ static uint64_t digest_of_start(int argc, char **argv) {
 static ifkv_status comm_name(const cli_options *options, const char **name_p) {
     const char *name = options->comm ? options->comm : "auto";
     if (!strcmp(name, "auto"))
-        name = is_launched() ? "mpi" : options->ranks > 1 ? "thread" : "self";
+        name = is_launched() ? "mpi" : options->ranks > 0 ? "thread" : "self";
     IFKV_REQUIRE(!options->ranks || !strcmp(name, "thread"), IFKV_ERR_USAGE, IFKV_E_CONFLICT,
                  "--ranks %d: got communicator %s, expected thread; mpirun -n or srun -n set the "
                  "ranks of mpi",

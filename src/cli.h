@@ -15,11 +15,12 @@ typedef struct cli_options {
     const char *method, *ratio, *exchange, *score, *score_rows, *score_layers, *geometry, *hp,
         *placement, *ride, *scoring;
     const char *backend, *comm, *store, *store_size;
-    int64_t chunk, max_new, epic_k, ranks, threads, collective_timeout;
+    const char *lengths, *methods, *links, *device;
+    int64_t chunk, max_new, epic_k, ranks, threads, collective_timeout, repeat, warm_up;
     uint64_t seed, random_weights;
     bool has_random_weights, has_chunk;
     bool local_sink, reorder, reorder_force, refit;
-    bool save_kv, save_logits, save_scores, resume, overwrite, json, quiet, verbose, help;
+    bool save_kv, save_logits, save_scores, resume, overwrite, json, quiet, verbose, project, help;
     const char **argument; /* [n_argument] what is not an option */
     int n_argument;
 } cli_options;
@@ -42,7 +43,9 @@ enum {
     CLI_OUTPUT = 8,
     CLI_RANKS = 16,
     CLI_TALK = 32,
-    CLI_STORE = 64
+    CLI_STORE = 64,
+    CLI_BENCH = 128, /* prefill tables */
+    CLI_SCALE = 256  /* lengths and links: of tables and plans */
 };
 
 extern const cli_command cli_commands[];
@@ -66,6 +69,8 @@ ifkv_status cli_check(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_verify(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_inspect(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_store(ifkv_comm *comm, const cli_options *options);
+ifkv_status cli_plan(ifkv_comm *comm, const cli_options *options);
+ifkv_status cli_bench(ifkv_comm *comm, const cli_options *options);
 ifkv_status cli_version(ifkv_comm *comm, const cli_options *options);
 
 /* Shared by commands. */

@@ -97,6 +97,19 @@ static const option table[] = {
      "skip requests that DIR has finished"},
     {"overwrite", KIND_FLAG, CLI_OUTPUT, AT(overwrite), 0, 0, NULL, NULL,
      "replace the results in DIR"},
+    {"lengths", KIND_TEXT, CLI_SCALE, AT(lengths), 0, 0, "N,...", NULL,
+     "tokens; of a bench context and prompt together, random ids in chunks of --chunk"},
+    {"methods", KIND_TEXT, CLI_BENCH, AT(methods), 0, 0, "LIST", NULL,
+     "method[/exchange][/warm],... (default: full, and on several ranks every rival)"},
+    {"repeat", KIND_COUNT, CLI_BENCH, AT(repeat), 0, 64, "N", "3",
+     "measured runs of each method, in turns; the median counts"},
+    {"warm-up", KIND_COUNT, CLI_BENCH, AT(warm_up), 0, 64, "N", "1", "runs before them"},
+    {"project", KIND_FLAG, CLI_BENCH, AT(project), 0, 0, NULL, NULL,
+     "with --ranks P: the ranks take turns on one device; print what P devices would take"},
+    {"device", KIND_TEXT, CLI_SCALE, AT(device), 0, 0, "FILE", "configs/devices/h100_sxm.json",
+     "rates and memory that a plan assumes"},
+    {"links", KIND_TEXT, CLI_SCALE, AT(links), 0, 0, "FILE", "configs/links/nvlink4.json",
+     "how fast devices reach each other, of a plan or a projection"},
     {"backend", KIND_TEXT, CLI_RANKS, AT(backend), 0, 0, "NAME", "auto",
      "auto, cpu, cuda; auto: cuda where there is a device, else cpu"},
     {"comm", KIND_TEXT, CLI_RANKS, AT(comm), 0, 0, "NAME", "auto",
@@ -333,7 +346,7 @@ static ifkv_status read_argv(const cli_command *command, int argc, char **argv,
 ifkv_status cli_options_read(const cli_command *command, int argc, char **argv,
                              cli_options *options) {
     cli_options first = {0};
-    *options = (cli_options){.max_new = 32};
+    *options = (cli_options){.max_new = 32, .repeat = 3, .warm_up = 1};
     options->argument = calloc((size_t)argc + 1, sizeof *options->argument);
     first.argument = options->argument;
     IFKV_REQUIRE(options->argument, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "options: out of memory");
@@ -372,8 +385,10 @@ void cli_help(const cli_command *command) {
         unsigned set;
         const char *title;
     } groups[] = {
-        {CLI_MODEL, "Model"},       {CLI_REQUESTS, "Input"}, {CLI_METHOD, "Method"},
-        {CLI_STORE, "Chunk store"}, {CLI_OUTPUT, "Output"},  {CLI_RANKS, "Ranks and device"},
+        {CLI_MODEL, "Model"},   {CLI_REQUESTS, "Input"},
+        {CLI_METHOD, "Method"}, {CLI_SCALE, "Scale"},
+        {CLI_BENCH, "Bench"},   {CLI_STORE, "Chunk store"},
+        {CLI_OUTPUT, "Output"}, {CLI_RANKS, "Ranks and device"},
         {CLI_TALK, "Talk"},
     };
     if (!command) {

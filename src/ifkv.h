@@ -372,6 +372,38 @@ ifkv_status ifkv_session_kv_read(const ifkv_session *session, int layer, float *
  * n_kv_head, d_head]; k and v may be NULL on other ranks.  Collective. */
 ifkv_status ifkv_session_kv_gather(ifkv_session *session, int layer, float *k, float *v);
 
+/* ---- projection: P devices from one ---- */
+
+/* How fast ranks reach each other. */
+typedef struct ifkv_link {
+    double alpha_us;     /* microseconds of a movement of back-end memory before its first byte */
+    double gbytes_per_s; /* 1e9 bytes a second that a rank receives */
+    double control_us;   /* microseconds in which all ranks agree on a host value */
+} ifkv_link;
+
+typedef struct ifkv_projection {
+    double total_ms;         /* from placement to the first token, projected */
+    double ms[IFKV_N_STAGE]; /* from the end of the stage before to the end of this one */
+    double exposed_ms;       /* of total_ms: the last rank waited for movements and other ranks */
+    double compute_ms;       /* measured, sum over ranks */
+} ifkv_projection;
+
+typedef struct ifkv_timeline ifkv_timeline;
+
+/* A record of what `size` ranks of a "thread" communicator do.  The caller owns it. */
+ifkv_status ifkv_timeline_create(int size, ifkv_timeline **timeline_p);
+void ifkv_timeline_destroy(ifkv_timeline *timeline);
+/* From here to the end this rank computes only in its turn, alone on the machine, and its times and
+ * movements are recorded, those of an earlier recording forgotten.  Between the two a session is
+ * opened, by every rank.  Local. */
+void ifkv_timeline_begin(ifkv_timeline *timeline, ifkv_comm *comm);
+void ifkv_timeline_end(ifkv_comm *comm);
+/* When that many devices with such links would have done the recorded work.  After every rank has
+ * ended.  Contention of movements with compute is not in it.  Local.  Errors: INTERNAL if the ranks
+ * made different calls. */
+ifkv_status ifkv_timeline_project(const ifkv_timeline *timeline, const ifkv_link *link,
+                                  ifkv_projection *projection);
+
 #ifdef __cplusplus
 }
 #endif

@@ -115,6 +115,7 @@ ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
     IFKV_TRY(ifkv_comm_same(engine->comm, is_auto, "whether the method is auto"));
     if (is_auto) IFKV_TRY(ifkv_engine_measure(engine, &rates));
     IFKV_TRY(ifkv_comm_barrier(engine->comm));
+    ifkv_comm_phase(engine->comm, IFKV_STAGE_PLACE);
     const double begin = backend->ops->clock_ms(backend);
     engine->comm->bytes_received = 0;
     if (is_auto) {
@@ -134,8 +135,10 @@ ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
     for (size_t i = 0; i < sizeof stages / sizeof *stages && status == IFKV_OK; i++) {
         if (session->rides[stages[i].stage]) continue;
         if (i > 0) status = check_stop(engine->comm, options);
+        ifkv_comm_phase(engine->comm, (int)stages[i].stage);
         if (status == IFKV_OK) status = run_stage(session, stages[i].stage, stages[i].run);
     }
+    ifkv_comm_phase(engine->comm, IFKV_STAGE_DECODE);
     if (status != IFKV_OK) {
         ifkv_session_close(session);
         return status;

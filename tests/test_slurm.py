@@ -168,9 +168,9 @@ class Slurm(unittest.TestCase):
         subprocess.run([BIN, "prefill", *options, "--threads", "1", "--out", self.path(out)], check=True, capture_output=True)
         return [(r["id"], r["selected_digest"], r["answer_ids"]) for r in self.results(out)]
 
-    def submit(self, script, *args, **env):
+    def submit(self, script, *args, before=(), **env):
         environment = dict(self.cluster.env, IFKV_BIN=BIN, **env)
-        out = subprocess.run(["sbatch", "--parsable", "--nodes", str(NODES), "--output", self.path("%j.out"),
+        out = subprocess.run(["sbatch", "--parsable", "--nodes", str(NODES), "--output", self.path("%j.out"), *before,
                               os.path.join("launch/slurm", script), *args],
                              cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
         return out.stdout.strip()
@@ -212,6 +212,18 @@ class Slurm(unittest.TestCase):
         self.assertEqual([(r["id"], r["selected_digest"], r["answer_ids"]) for r in self.results("requeued")],
                          self.here(options, "unbroken"))
         self.assertIn("Restarts=1", self.cluster.call("scontrol", "-o", "show", "job", job).split())
+
+    def test_table_and_array_of_lengths_run(self):
+        # GPUs of the scripts are not there: the options of the command line win over those of the file
+        shape = ["--gpus-per-node=0", "--ntasks=2", "--cpus-per-task=1"]
+        table = self.submit("table.sbatch", "configs/runs/paper-smoke.json", "--model", self.path("model"), "--lengths", "300",
+                            "--out", self.path("table"), "--threads", "1", before=shape)
+        self.finished(table)
+        with open(self.path("table/bench.jsonl")) as f:
+            self.assertEqual(len(f.readlines()), 6)
+        array = self.submit("lengths.sbatch", "configs/runs/paper-smoke.json", "--model", self.path("model"), "--out",
+                            self.path("lengths"), "--threads", "1", before=[*shape, "--array=0"])
+        self.cluster.wait_until(lambda: os.path.exists(self.path(f"{array}.out")) and "8192" in self.printed(array), 60, "array job")
 
     def test_launcher_without_ranks_is_refused_with_a_hint(self):
         done = subprocess.run(["srun", "--mpi=none", "-n", "2", BIN, "prefill", *self.requests(1), "--out", self.path("copies")],

@@ -1,0 +1,162 @@
+"""`ifkv bench prefill` and `ifkv plan` from outside: what their rows promise, and the plots."""
+import json
+import os
+import subprocess
+import tempfile
+import unittest
+
+import h5py
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BIN = os.environ.get("IFKV_BIN", os.path.join(ROOT, "build", "ifkv"))
+CONFIG = {
+    "model_type": "llama", "hidden_act": "silu", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 97, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": True, "eos_token_id": 2,
+}
+
+
+class Bench(unittest.TestCase):
+    def setUp(self):
+        self.temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(self.temporary.cleanup)
+        self.dir = self.temporary.name
+        with open(os.path.join(self.dir, "config.json"), "w") as f:
+            json.dump(CONFIG, f)
+
+    def bench(self, *args, mpi=0, code=0):
+        command = [BIN, "bench", "prefill", "--model", self.dir, "--random-weights", "1", "--threads", "1", "--chunk", "64", *args]
+        done = subprocess.run((["mpirun", "-n", str(mpi)] if mpi else []) + command, capture_output=True, text=True, timeout=120)
+        self.assertEqual(done.returncode, code, done.stderr)
+        return done
+
+    def rows(self, *args, **more):
+        return [json.loads(line) for line in self.bench("--json", *args, **more).stdout.splitlines()]
+
+    def test_exact_methods_differ_from_full_by_rounding_alone(self):
+        methods = "full,ring,allgather,infoflow/delta,infoflow/query,infoflow/warm"
+        for more, ranks in ((dict(mpi=3), []), (dict(), ["--ranks", "4"])):
+            with self.subTest(ranks=ranks, **more):
+                rows = self.rows("--lengths", "300,471", "--methods", methods, "--repeat", "2", *ranks, **more)
+                self.assertEqual([(r["tokens"], r["label"]) for r in rows], [(n, m) for n in (300, 471) for m in methods.split(",")])
+                for row in rows:
+                    self.assertEqual(row["time"], "measured")
+                    self.assertEqual(len(row["runs_ms"]), 2)
+                    self.assertIn(row["ttft_ms"], row["runs_ms"])
+                    self.assertTrue(0 < row["min_ms"] <= row["ttft_ms"] <= row["max_ms"])
+                    if row["method"] in ("ring", "allgather"):
+                        self.assertLess(row["error"], 2e-5, row)
+                        self.assertGreater(row["error"], 0, "another order of sums must show")
+                    if row["method"] == "infoflow":
+                        self.assertGreater(row["error"], 1e-3, "15 % of random rows are not all rows")
+                        self.assertEqual(row["selected"], int(0.15 * (row["tokens"] - 32)))
+
+    def test_ratio_one_has_no_error_and_warm_is_cold(self):
+        cold, warm = self.rows("--lengths", "300", "--methods", "full,infoflow,infoflow/warm", "--ratio", "1", "--repeat", "1")[1:]
+        self.assertLess(cold["error"], 2e-5)
+        self.assertLess(warm["error"], 2e-5)
+        cold, warm = self.rows("--lengths", "300", "--methods", "full,infoflow,infoflow/warm", "--repeat", "1", "--warm-up", "0")[1:]
+        self.assertAlmostEqual(cold["error"], warm["error"], delta=2e-5)
+        self.assertLess(warm["ms"]["encode"], cold["ms"]["encode"])
+
+    def test_projection_says_so_and_slower_links_take_longer(self):
+        links = os.path.join(self.dir, "links.json")
+        with open(links, "w") as f:
+            json.dump({"links": [{"name": "fast", "alpha_us": 0, "gbytes_per_s": 1e6, "control_us": 0},
+                                 {"name": "slow", "alpha_us": 1e4, "gbytes_per_s": 1, "control_us": 0}]}, f)
+        rows = self.rows("--lengths", "300", "--methods", "full,ring,infoflow/delta", "--ranks", "3", "--project", "--links", links,
+                         "--repeat", "1")
+        self.assertEqual({row["time"] for row in rows}, {"projected"})
+        by = {(row["link"]["name"], row["label"]): row for row in rows}
+        for label in ("ring", "infoflow/delta"):
+            fast, slow = by["fast", label], by["slow", label]
+            # one record, two compositions: the same work, and 10 ms for each of at least two movements
+            self.assertEqual(fast["link"]["compute_ms"], slow["link"]["compute_ms"])
+            self.assertGreater(slow["ttft_ms"], fast["ttft_ms"] + 20)
+            self.assertAlmostEqual(sum(fast["ms"].values()), fast["ttft_ms"], delta=1e-6 * fast["ttft_ms"])
+            self.assertTrue(fast["link"]["compute_ms"] / 3 <= fast["ttft_ms"] <= fast["link"]["compute_ms"])
+        text = self.bench("--lengths", "300", "--methods", "full", "--ranks", "2", "--project", "--links", links).stdout
+        self.assertIn("PROJECTED", text)
+        self.assertNotIn("measured  ", text)
+
+    def test_files_hold_the_rows_and_plots_are_drawn(self):
+        out = os.path.join(self.dir, "out")
+        self.bench("--lengths", "200,300", "--out", out)
+        with open(os.path.join(out, "bench.jsonl")) as f:
+            rows = [json.loads(line) for line in f]
+        with h5py.File(os.path.join(out, "bench.h5")) as f:
+            self.assertEqual(f["tokens"][:].tolist(), [row["tokens"] for row in rows])
+            self.assertEqual(len(f.attrs["rows"].splitlines()), len(rows))
+            for stored, row in zip(f["ttft_ms"][:], rows):
+                for a, b in zip(stored, row["runs_ms"]):
+                    self.assertAlmostEqual(a, b, delta=1e-5 * b)
+        self.assertIn("--overwrite", self.bench("--lengths", "200", "--out", out, code=73).stderr)
+        python = os.path.join(ROOT, ".cache/venv/bin/python")
+        subprocess.run([python, os.path.join(ROOT, "bench/plot.py"), out], check=True, timeout=120)
+        for name in ("ttft", "stages", "bytes"):
+            self.assertGreater(os.path.getsize(os.path.join(out, name + ".png")), 5000)
+
+    def test_nonsense_is_refused_once(self):
+        for args in (["--methods", "ring"], ["--methods", "full,,ring"], ["--lengths", "12x"], ["--lengths", "20"], ["--repeat", "0"],
+                     ["--project"], ["--methods", "full,ring/kv/"]):
+            with self.subTest(args=args):
+                errors = [line for line in self.bench(*args, mpi=2, code=2).stderr.splitlines() if "ifkv: error:" in line]
+                self.assertEqual(len(errors), 1, errors)
+
+    def test_published_times_stand_beside_the_published_shape_only(self):
+        self.assertNotIn("published", self.bench("--lengths", "300", "--methods", "full").stdout)
+
+
+class Plan(unittest.TestCase):
+    def plan(self, *args):
+        done = subprocess.run([BIN, "plan", "--model", "configs/models/Qwen3-14B", *args], cwd=ROOT, capture_output=True, text=True,
+                              timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout
+
+    def rows(self, *args):
+        found = {}
+        for line in self.plan("--json", *args).splitlines():
+            row = json.loads(line)
+            found[row["tokens"], row["way"]] = row
+        return found
+
+    def test_floors_are_those_of_the_published_analysis(self):
+        # algorithm 9.2, P = 4, ratio 0.15, chunks of 2048, ms: (fast, slow) rates, rounded up there
+        want = {
+            8192: [(352, 388), (88, 97), (96, 108), (94, 102), (19, 21)],
+            16384: [(788, 886), (197, 222), (229, 263), (191, 208), (36, 40)],
+            32768: [(1914, 2212), (479, 553), (606, 718), (394, 432), (79, 91)],
+            131072: [(15774, 19403), (3944, 4851), (5974, 7490), (1878, 2123), (603, 741)],
+        }
+        ways = ["full, one rank", "ring", "allgather", "infoflow/delta", "infoflow/delta/warm"]
+        rows = self.rows("--ranks", "4")
+        for tokens, floors in want.items():
+            for way, (fast, slow) in zip(ways, floors):
+                row = rows[tokens, way]
+                self.assertTrue(fast - 1.5 <= row["floor_fast_ms"] <= fast + 1, (tokens, way, row))
+                self.assertTrue(slow - 1.5 <= row["floor_slow_ms"] <= slow + 1, (tokens, way, row))
+
+    def test_bytes_and_memory_are_those_of_the_formulas(self):
+        row = 2 * 8 * 128 * 2  # K and V of a token and layer, bf16
+        for tokens, ranks in ((32768, 4), (1 << 20, 128)):
+            rows = self.rows("--lengths", str(tokens), "--ranks", str(ranks))
+            share = (ranks - 1) / ranks
+            self.assertAlmostEqual(rows[tokens, "ring"]["mb_per_rank_and_layer"], share * tokens * row / 1e6, places=2)
+            selected = int(0.15 * tokens)
+            self.assertAlmostEqual(rows[tokens, "infoflow/delta"]["mb_per_rank_and_layer"], share * selected * row / 1e6,
+                                   delta=row / 1e6 * ranks)
+            memory = rows[tokens, "infoflow/delta"]["memory"]
+            self.assertEqual(memory["copy"], tokens * row * 40)
+            self.assertEqual(memory["fits"], tokens == 32768)
+            self.assertTrue(rows[tokens, "infoflow/query"]["memory"]["fits"])
+
+    def test_choice_follows_length(self):
+        text = self.plan("--lengths", "8192,131072", "--ranks", "4")
+        self.assertIn("8192 tokens: --method auto takes ring (infoflow/delta ", text)
+        self.assertIn("131072 tokens: --method auto takes infoflow (infoflow/delta ", text)
+        self.assertRegex(text, r"from about 1\d\d\d\d tokens on")
+
+
+if __name__ == "__main__":
+    unittest.main()
