@@ -123,7 +123,7 @@ ifkv_status ifkv_prefill_encode(ifkv_session *session) {
         part[0].what = layer + 1 < n_layer ? IFKV_LAYER_ALL : IFKV_LAYER_KV;
         if (rider) part[1] = rider->ops->ride_part(rider, layer);
         IFKV_TRY(ifkv_layer_run_parts(&session->encode, layer, part, rider ? 2 : 1));
-        if (rider) rider->ops->ride_layer(rider, layer);
+        if (rider) IFKV_TRY(rider->ops->ride_layer(rider, layer));
         rider_bytes += part[1].bytes;
         report(session, IFKV_STAGE_ENCODE, layer + 1, n_layer);
     }

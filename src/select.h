@@ -64,8 +64,9 @@ typedef struct ifkv_select_ops {
     ifkv_status (*ride_begin)(ifkv_selector *selector, ifkv_pass *pass, int64_t first);
     /*   what becomes of the rows in a layer, Local; */
     ifkv_layer_part (*ride_part)(ifkv_selector *selector, int layer);
-    /*   when that layer has run, Local.  Errors are kept for `score`. */
-    void (*ride_layer)(ifkv_selector *selector, int layer);
+    /*   when that layer has run, Local.  What the ranks can still agree on is kept for `score`;
+     * that peers are gone, which the device may tell here first, is returned. */
+    ifkv_status (*ride_layer)(ifkv_selector *selector, int layer);
     /* Write the budget's rows, ascending.  The same on every rank; Local. */
     ifkv_status (*choose)(ifkv_selector *selector, const float *score, int64_t *selected);
     const char *explain; /* one sentence for help texts */

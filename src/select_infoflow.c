@@ -434,13 +434,14 @@ static ifkv_layer_part infoflow_part(ifkv_selector *selector, int layer) {
     return part;
 }
 
-static void infoflow_layer(ifkv_selector *selector, int layer) {
+static ifkv_status infoflow_layer(ifkv_selector *selector, int layer) {
     select_infoflow *self = (select_infoflow *)selector;
     const ifkv_select_input *input = &selector->input;
     if (self->n_scored == input->n_score_layer || layer != input->score_layer[self->n_scored])
-        return;
+        return IFKV_OK;
     self->n_scored++;
     if (self->bad == IFKV_OK) self->bad = score_layer(self, layer);
+    return self->bad == IFKV_ERR_PEER ? self->bad : IFKV_OK;
 }
 
 static ifkv_status run_own_pass(select_infoflow *self) {
@@ -450,7 +451,7 @@ static ifkv_status run_own_pass(select_infoflow *self) {
     for (int layer = 0; layer <= last; layer++) {
         ifkv_layer_part part = infoflow_part(&self->base, layer);
         IFKV_TRY(ifkv_layer_run_parts(self->pass, layer, &part, 1));
-        infoflow_layer(&self->base, layer);
+        IFKV_TRY(infoflow_layer(&self->base, layer));
         if (input->progress)
             input->progress(input->progress_arg, IFKV_STAGE_SCORE, layer + 1, last + 1);
     }
