@@ -317,23 +317,30 @@ static void ranks_change_nothing_beyond_rounding(void **state) {
 /* I2, I15: every row recomputed, and the exact methods, are full prefill. */
 static void exact_methods_are_full_prefill(void **state) {
     (void)state;
-    const device_case *it = &cases[1];
     const ifkv_prefill_options full = {.method = "full"};
-    tiny_run want = want_of(it, full), near = narrow_of(it, full);
     const struct {
         const char *method;
         int size;
     } ways[] = {{"full", 1}, {"all", 1}, {"all", 2}, {"ring", 2}, {"allgather", 3}};
+    tiny_run want[N_CASE];
     distances narrow = {0};
-    add_run(&narrow, &near, &want);
+    for (int c = 0; c < N_CASE; c++) {
+        want[c] = want_of(&cases[c], full);
+        tiny_run near = narrow_of(&cases[c], full);
+        add_run(&narrow, &near, &want[c]);
+        tiny_run_fini(&near);
+    }
     for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
         distances got = {0};
-        tiny_run run = got_on(it, ways[i].size, (ifkv_prefill_options){.method = ways[i].method});
-        add_run(&got, &run, &want);
+        for (int c = 0; c < N_CASE; c++) {
+            tiny_run run =
+                got_on(&cases[c], ways[i].size, (ifkv_prefill_options){.method = ways[i].method});
+            add_run(&got, &run, &want[c]);
+            tiny_run_fini(&run);
+        }
         assert_bounded(ways[i].method, got, narrow);
-        tiny_run_fini(&run);
     }
-    tiny_run_fini(&want), tiny_run_fini(&near);
+    for (int c = 0; c < N_CASE; c++) tiny_run_fini(&want[c]);
 }
 
 /* Weights of the engine at hand, one tensor after the other, as numbers; the caller frees them. */
