@@ -240,6 +240,21 @@ static void i04_the_new_first_document_equals_full_prefill(void **state) {
     }
 }
 
+/* The prompt rides with as many rows as there turn out to be; scoring cannot ride. */
+static void i17_riding_changes_no_bit(void **state) {
+    (void)state;
+    for (int c = 0; c < N_CASE; c++)
+        for (int s = 0; s < N_SIZE; s++) {
+            ifkv_prefill_options apart = reordered;
+            apart.ride = "none";
+            tiny_run run = prefill(&cases[c], &cases[c].request, sizes[s], reordered),
+                     want = prefill(&cases[c], &cases[c].request, sizes[s], apart);
+            assert_same_bits(&run, &want);
+            tiny_run_fini(&run);
+            tiny_run_fini(&want);
+        }
+}
+
 /* Nothing to go by: no score, or one document. */
 static void nothing_moves_without_a_selection(void **state) {
     (void)state;
@@ -311,6 +326,7 @@ int main(void) {
         cmocka_unit_test(i20_reorder_is_the_run_of_the_permuted_list),
         cmocka_unit_test(i20_inexact_exchanges_on_one_rank_change_no_bit),
         cmocka_unit_test(i04_the_new_first_document_equals_full_prefill),
+        cmocka_unit_test(i17_riding_changes_no_bit),
         cmocka_unit_test(nothing_moves_without_a_selection),
         cmocka_unit_test(budget_follows_the_document_that_comes_first),
         cmocka_unit_test(what_it_cannot_order_is_refused),
