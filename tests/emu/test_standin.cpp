@@ -4,6 +4,7 @@
 #include "test_standin.h"
 
 #include "emu_stream.h"
+#include "emu_tensor_map.h"
 #include "standin.h"
 
 #include <cublasLt.h>
@@ -336,6 +337,20 @@ static void a_fault_in_a_kernel_stays(void **) {
     assert_string_equal(said.c_str(), "ran 1: 214 214 214 214");
 }
 
+static void the_driver_has_an_encoder_of_tensor_maps(void **) {
+    void *function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    assert_int_equal(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                      cudaEnableDefault, &found),
+                     cudaSuccess);
+    assert_true(found == cudaDriverEntryPointSuccess && function == (void *)&emu_tensor_map_encode);
+    assert_int_equal(
+        cudaGetDriverEntryPointByVersion("cuNothing", &function, 12000, cudaEnableDefault, &found),
+        cudaErrorSymbolNotFound);
+    assert_true(found == cudaDriverEntryPointSymbolNotFound && !function);
+    cudaGetLastError();
+}
+
 static void the_device_says_that_it_is_emulated(void **) {
     cudaDeviceProp p;
     int n = 0, can = 0;
@@ -522,6 +537,7 @@ int main() {
         cmocka_unit_test(freed_memory_cannot_be_touched),
         cmocka_unit_test(calls_fail_as_planned),
         cmocka_unit_test(a_fault_in_a_kernel_stays),
+        cmocka_unit_test(the_driver_has_an_encoder_of_tensor_maps),
         cmocka_unit_test(the_device_says_that_it_is_emulated),
         cmocka_unit_test(a_product_equals_integer_sums),
         cmocka_unit_test(a_product_refuses_what_does_not_fit),
