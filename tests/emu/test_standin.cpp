@@ -490,6 +490,36 @@ static void a_product_equals_integer_sums(void **) {
     }
 }
 
+/* 256 + 1 and 256 + 3 lie between two bfloat16 numbers. */
+static void a_product_rounds_to_nearest_even(void **) {
+    cublasLtHandle_t handle = nullptr;
+    cublasLtMatmulDesc_t desc = nullptr;
+    const float one = 1, zero = 0;
+    const uint16_t left[] = {bf16(256), bf16(1), bf16(256), bf16(3)}, right[] = {bf16(1), bf16(1)};
+    uint16_t got[2] = {0, 0}, *a = device<uint16_t>(4), *b = device<uint16_t>(2),
+             *d = device<uint16_t>(2);
+    cublasLtMatrixLayout_t layout[3] = {};
+    cublasLtCreate(&handle);
+    cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    const int32_t transpose = CUBLAS_OP_T;
+    cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose);
+    cublasLtMatrixLayoutCreate(&layout[0], CUDA_R_16BF, 2, 2, 2);
+    cublasLtMatrixLayoutCreate(&layout[1], CUDA_R_16BF, 2, 1, 2);
+    cublasLtMatrixLayoutCreate(&layout[2], CUDA_R_16BF, 2, 1, 2);
+    cudaMemcpy(a, left, sizeof left, cudaMemcpyHostToDevice);
+    cudaMemcpy(b, right, sizeof right, cudaMemcpyHostToDevice);
+    assert_int_equal(cublasLtMatmul(handle, desc, &one, a, layout[0], b, layout[1], &zero, d,
+                                    layout[2], d, layout[2], nullptr, nullptr, 0, nullptr),
+                     CUBLAS_STATUS_SUCCESS);
+    cudaMemcpy(got, d, sizeof got, cudaMemcpyDeviceToHost);
+    assert_int_equal(got[0], bf16(256));
+    assert_int_equal(got[1], bf16(260));
+    for (cublasLtMatrixLayout_t l : layout) cublasLtMatrixLayoutDestroy(l);
+    for (uint16_t *p : {a, b, d}) cudaFree(p);
+    cublasLtMatmulDescDestroy(desc);
+    cublasLtDestroy(handle);
+}
+
 static void a_product_refuses_what_does_not_fit(void **) {
     cublasLtHandle_t handle = nullptr;
     cublasLtMatmulDesc_t desc = nullptr;
@@ -540,6 +570,7 @@ int main() {
         cmocka_unit_test(the_driver_has_an_encoder_of_tensor_maps),
         cmocka_unit_test(the_device_says_that_it_is_emulated),
         cmocka_unit_test(a_product_equals_integer_sums),
+        cmocka_unit_test(a_product_rounds_to_nearest_even),
         cmocka_unit_test(a_product_refuses_what_does_not_fit),
     };
     return cmocka_run_group_tests_name("stand-ins", tests, nullptr, nullptr);
