@@ -195,7 +195,7 @@ static ifkv_status comm_name(const cli_options *options, const char **name_p) {
 static ifkv_status run_job(const cli_job *job, ifkv_comm **comm_p) {
     const char *name = NULL;
     IFKV_TRY(comm_name(job->options, &name));
-    const bool is_mpi = strcmp(name, "self") && strcmp(name, "thread");
+    const bool is_mpi = !strcmp(name, "mpi") || !strcmp(name, "nccl") || !strcmp(name, "auto");
     if (!job->command->is_parallel && !is_mpi) name = "self";
     if (!strcmp(name, "thread"))
         return ifkv_comm_thread_run(job->options->ranks ? (int)job->options->ranks : 1, run_rank,
