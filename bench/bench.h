@@ -7,13 +7,7 @@
 
 #include "cli.h"
 
-enum {
-    BENCH_MAX_REPEAT = 64,
-    BENCH_MAX_LENGTH = 64,
-    BENCH_MAX_METHOD = 32,
-    BENCH_MAX_LINK = 8,
-    BENCH_NAME_BYTES = 48
-};
+enum { BENCH_MAX_REPEAT = 64, BENCH_MAX_LENGTH = 64, BENCH_MAX_METHOD = 32, BENCH_NAME_BYTES = 48 };
 
 /* One way to prefill, given as method[/exchange][/warm]. */
 typedef struct bench_method {
@@ -22,16 +16,10 @@ typedef struct bench_method {
     bool is_warm; /* chunks come from a store in host memory that an unmeasured run has filled */
 } bench_method;
 
-/* A named link, see ifkv_link. */
-typedef struct bench_link {
-    char name[BENCH_NAME_BYTES];
-    ifkv_link link;
-} bench_link;
-
 typedef struct bench_row {
     const bench_method *method;
-    const char *exchange;   /* as used; borrowed, static */
-    const bench_link *link; /* of a projected row; NULL: measured */
+    char exchange[BENCH_NAME_BYTES]; /* as used */
+    const cli_link *link;            /* of a projected row; NULL: measured */
     int n_rank, n_repeat;
     int64_t n_token, n_selected;      /* context and prompt; recomputed rows */
     double ttft_ms[BENCH_MAX_REPEAT]; /* in the order of the runs */
@@ -52,18 +40,15 @@ typedef struct bench_report bench_report;
 ifkv_status bench_report_open(const cli_options *options, const ifkv_model_info *info,
                               const char *comm, int n_rank, bench_report **report_p);
 ifkv_status bench_report_row(bench_report *report, const bench_row *row);
-/* Write what is written at the end, and close.  NULL is accepted. */
+/* Write what is written at the end. */
 ifkv_status bench_report_finish(bench_report *report);
-void bench_report_close(bench_report *report);
+void bench_report_close(bench_report *report); /* NULL is accepted */
 
 /* A chunk store in host memory, of one rank. */
 typedef struct bench_store bench_store;
 ifkv_status bench_store_create(bench_store **store_p);
 void bench_store_destroy(bench_store *store);
 const ifkv_store *bench_store_table(bench_store *store);
-
-/* Read a file of link profiles: {"links": [{"name", "alpha_us", "gbytes_per_s", "control_us"}]}. */
-ifkv_status bench_links_read(const char *path, bench_link *link, int *n_p);
 
 ifkv_status bench_prefill(ifkv_comm *comm, const cli_options *options);
 

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "bench.h"
+#include "random.h"
 #include "status.h"
 
 enum { PROMPT_TOKENS = 32, DEFAULT_CHUNK = 2048, FIRST_ID = 10 };
@@ -17,7 +18,7 @@ enum { PROMPT_TOKENS = 32, DEFAULT_CHUNK = 2048, FIRST_ID = 10 };
 typedef struct measurement {
     bench_row row; /* of measured rows */
     double stage[BENCH_MAX_REPEAT][IFKV_N_STAGE];
-    ifkv_projection projected[BENCH_MAX_LINK][BENCH_MAX_REPEAT];
+    ifkv_projection projected[CLI_MAX_LINK][BENCH_MAX_REPEAT];
 } measurement;
 
 typedef struct bench_run {
@@ -28,7 +29,7 @@ typedef struct bench_run {
     bench_method method[BENCH_MAX_METHOD];
     int64_t length[BENCH_MAX_LENGTH];
     int n_length, n_method, n_repeat, n_link;
-    bench_link link[BENCH_MAX_LINK];
+    cli_link link[CLI_MAX_LINK];
     ifkv_timeline *timeline; /* owned by rank 0, shared by its threads; NULL: measured */
     bench_report *report;    /* rank 0 */
     bench_store *store;      /* of the case under way */
@@ -109,14 +110,10 @@ static ifkv_status make_request(const bench_run *run, int64_t n_token, ifkv_requ
         free(offset);
         return IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "bench: out of memory");
     }
-    uint64_t state = run->options->seed + 0x9e3779b97f4a7c15u * (uint64_t)(n_token + 1);
-    const uint64_t n_id = (uint64_t)(run->info.n_vocab - FIRST_ID);
-    for (int64_t i = 0; i < n_token; i++) { /* splitmix64 */
-        uint64_t z = state += 0x9e3779b97f4a7c15u;
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-        token[i] = FIRST_ID + (int32_t)((z ^ (z >> 31)) % n_id);
-    }
+    const uint64_t n_id = (uint64_t)(run->info.n_vocab - FIRST_ID),
+                   key = ifkv_random_u64(run->options->seed, (uint64_t)n_token);
+    for (int64_t i = 0; i < n_token; i++)
+        token[i] = FIRST_ID + (int32_t)(ifkv_random_u64(key, (uint64_t)i) % n_id);
     for (int64_t i = 0; i <= n_chunk; i++) offset[i] = i * chunk < n_own ? i * chunk : n_own;
     *request = (ifkv_request){.size = sizeof *request,
                               .prefix = token,
@@ -158,17 +155,9 @@ static void judge(bench_run *run, int i_method, const ifkv_result *result) {
     if (!(error <= row->error)) row->error = error; /* NaN counts as the worst */
 }
 
-static const char *keep_name(const char *name) {
-    static const char *const names[] = {"none",  "delta", "query",    "kv",
-                                        "local", "ring",  "allgather"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (!strcmp(name, names[i])) return names[i];
-    return "?";
-}
-
 static void file_result(measurement *of, const ifkv_result *result, int i_repeat) {
     bench_row *row = &of->row;
-    row->exchange = keep_name(result->exchange);
+    snprintf(row->exchange, sizeof row->exchange, "%s", result->exchange);
     row->n_token = result->n_context + result->n_prompt;
     row->n_selected = result->n_selected;
     row->bytes_total = result->bytes_total;
@@ -316,8 +305,8 @@ static ifkv_status check_options(bench_run *run) {
     IFKV_REQUIRE(!strcmp(ifkv_comm_name(run->comm), "thread"), IFKV_ERR_USAGE, IFKV_E_CONFLICT,
                  "--project: got communicator %s, expected thread: --ranks P",
                  ifkv_comm_name(run->comm));
-    return bench_links_read(options->links ? options->links : "configs/links/nvlink4.json",
-                            run->link, &run->n_link);
+    return cli_links_read(options->links ? options->links : "configs/links/nvlink4.json", run->link,
+                          &run->n_link);
 }
 
 /* Rank 0 makes what its threads share. */

@@ -16,10 +16,6 @@ bool ifkv_auto_is_asked(const ifkv_prefill_options *options) {
            options->method && !strcmp(options->method, "auto");
 }
 
-bool ifkv_auto_takes_infoflow(double exact_ms, double infoflow_ms) {
-    return infoflow_ms <= 0.97 * exact_ms;
-}
-
 /* The caller's options with a method that can run. */
 static ifkv_status with_method(const ifkv_prefill_options *options, const char *method,
                                ifkv_prefill_options *own) {
@@ -125,7 +121,7 @@ ifkv_status ifkv_auto_choose(ifkv_engine *engine, const ifkv_request *request,
                   ifkv_comm_same(engine->comm, ifkv_digest_bytes(agreed, sizeof agreed),
                                  "estimates of method auto"),
                   out);
-    choice->method = ifkv_auto_takes_infoflow(choice->exact_ms, choice->infoflow_ms)
+    choice->method = ifkv_cost_takes_infoflow(choice->exact_ms, choice->infoflow_ms)
                          ? "infoflow"
                          : choice->exact;
 out:

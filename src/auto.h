@@ -21,7 +21,5 @@ ifkv_status ifkv_auto_plan(const ifkv_engine *engine, const ifkv_request *reques
 /* Estimate both and choose; the engine's rates have been measured.  Collective. */
 ifkv_status ifkv_auto_choose(ifkv_engine *engine, const ifkv_request *request,
                              const ifkv_prefill_options *options, ifkv_auto_choice *choice);
-/* Of two estimates: infoflow if it takes at most 97 % of the exact time. */
-bool ifkv_auto_takes_infoflow(double exact_ms, double infoflow_ms);
 
 #endif

@@ -92,6 +92,15 @@ ifkv_status cli_requests_plan(ifkv_engine *engine, const cli_options *options,
  * Collective. */
 ifkv_status cli_store_open(ifkv_comm *comm, const cli_options *options, ifkv_chunk_store **store_p);
 
+/* A named link, see ifkv_link, and a file of them:
+ * {"links": [{"name", "alpha_us", "gbytes_per_s", "control_us"}]}, at most CLI_MAX_LINK. */
+enum { CLI_MAX_LINK = 8, CLI_LINK_NAME_BYTES = 48 };
+typedef struct cli_link {
+    char name[CLI_LINK_NAME_BYTES];
+    ifkv_link link;
+} cli_link;
+ifkv_status cli_links_read(const char *path, cli_link *link, int *n_p);
+
 /* Let USR1, TERM, INT and HUP ask for a stop (faults 5.7): USR1, which Slurm sends before the time
  * limit, gives the request under way 25 s to reach the end of a stage, the others 1 s, as mpirun
  * kills 2 s after TERM; at the deadline, or at a second signal, the process ends with 75.  That is

@@ -108,21 +108,15 @@ out:
 }
 
 /* The nominal link of a profile, or its first. */
-static ifkv_status read_link(const char *path, ifkv_rates *link) {
-    json_t *root = NULL, *value;
-    size_t i;
-    ifkv_status status;
-    IFKV_TRY(read_json(path, &root));
-    const json_t *links = json_object_get(root, "links"), *chosen = json_array_get(links, 0);
-    json_array_foreach(links, i, value) {
-        const char *name = json_string_value(json_object_get(value, "name"));
-        if (name && strstr(name, "nominal")) chosen = value;
-    }
-    IFKV_TRY_GOTO(status, number(path, chosen, "gbytes_per_s", 0, 1e9, &link->link), out);
-    status = number(path, chosen, "alpha_us", 0, 1e-6, &link->message_s);
-out:
-    json_decref(root);
-    return status;
+static ifkv_status read_link(const char *path, ifkv_rates *rates) {
+    cli_link link[CLI_MAX_LINK];
+    int n = 0, chosen = 0;
+    IFKV_TRY(cli_links_read(path, link, &n));
+    for (int i = 0; i < n; i++)
+        if (strstr(link[i].name, "nominal")) chosen = i;
+    rates->link = 1e9 * link[chosen].link.gbytes_per_s;
+    rates->message_s = 1e-6 * link[chosen].link.alpha_us;
+    return IFKV_OK;
 }
 
 /* ---- arithmetic ---- */
@@ -250,10 +244,6 @@ static int pick_exchange(const plan_run *run, const answer *delta, int i_delta, 
     return total_bytes(delta) <= run->device.memory_bytes ? i_delta : i_query;
 }
 
-static bool is_chosen(double infoflow_ms, double exact_ms) {
-    return infoflow_ms <= 0.97 * exact_ms; /* algorithm 9.4 */
-}
-
 static void print_json(const plan_run *run, int64_t n_context, const way *w, const answer *a) {
     json_t *object =
         json_pack("{s:s, s:I, s:s, s:i, s:f, s:f, s:f, s:f, s:f, s:{s:I, s:I, s:I, s:I, s:b}}",
@@ -293,7 +283,7 @@ static ifkv_status print_length(const plan_run *run, int64_t n_context) {
     for (int i = 0; i < 2; i++)
         printf("# %lld tokens: --method auto takes %s (%s %.0f ms, ring %.0f ms, %.2fx)\n",
                (long long)n_context,
-               is_chosen(answers[kinds[i]].estimate_ms, exact) ? "infoflow" : "ring",
+               ifkv_cost_takes_infoflow(exact, answers[kinds[i]].estimate_ms) ? "infoflow" : "ring",
                ways[kinds[i]].name, answers[kinds[i]].estimate_ms, exact,
                exact / answers[kinds[i]].estimate_ms);
     return IFKV_OK;
@@ -311,7 +301,7 @@ static ifkv_status print_crossover(const plan_run *run) {
         IFKV_TRY(compute(run, &ways[COLD_DELTA], middle * STEP, &cold));
         if (pick_exchange(run, &cold, COLD_DELTA, COLD_QUERY) == COLD_QUERY)
             IFKV_TRY(compute(run, &ways[COLD_QUERY], middle * STEP, &cold));
-        if (is_chosen(cold.estimate_ms, ring.estimate_ms))
+        if (ifkv_cost_takes_infoflow(ring.estimate_ms, cold.estimate_ms))
             high = middle;
         else
             low = middle;

@@ -302,3 +302,7 @@ double ifkv_cost_time(const ifkv_cost_model *model, const ifkv_cost_plan *plan, 
     if (stage) memcpy(stage, most, sizeof most);
     return sum;
 }
+
+bool ifkv_cost_takes_infoflow(double exact_ms, double infoflow_ms) {
+    return infoflow_ms <= 0.97 * exact_ms;
+}

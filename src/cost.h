@@ -77,6 +77,9 @@ double ifkv_cost_seconds(const ifkv_rates *rates, const ifkv_cost_work *work);
 double ifkv_cost_time(const ifkv_cost_model *model, const ifkv_cost_plan *plan, ifkv_cost_way way,
                       const ifkv_rates *rates, double *stage);
 
+/* Is the approximation enough faster to be worth it (algorithm 9.4)? */
+bool ifkv_cost_takes_infoflow(double exact_ms, double infoflow_ms);
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,6 +2,7 @@
  */
 #include <stdlib.h>
 
+#include "random.h"
 #include "select.h"
 
 static int64_t budget_none(const ifkv_select_input *input, int64_t num, int64_t den) {
@@ -20,16 +21,6 @@ static ifkv_status choose_first(ifkv_selector *selector, const float *score, int
     const int64_t first = ifkv_select_first(selector->input.placement);
     for (int64_t i = 0; i < selector->input.budget; i++) selected[i] = first + i;
     return IFKV_OK;
-}
-
-/* A counter-based generator: the key of a row depends on seed and index only, so the set does not
- * depend on ranks or order. Source: the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
- */
-static uint64_t random_key(uint64_t seed, int64_t index) {
-    uint64_t z = seed + 0x9e3779b97f4a7c15u * ((uint64_t)index + 1);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
 }
 
 typedef struct keyed_row {
@@ -56,7 +47,8 @@ static ifkv_status choose_random(ifkv_selector *selector, const float *score, in
     keyed_row *row = malloc((size_t)n * sizeof *row);
     IFKV_REQUIRE(row, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "selector random: out of host memory");
     for (int64_t i = 0; i < n; i++)
-        row[i] = (keyed_row){random_key(selector->input.seed, first + i), first + i};
+        row[i] =
+            (keyed_row){ifkv_random_u64(selector->input.seed, (uint64_t)(first + i)), first + i};
     qsort(row, (size_t)n, sizeof *row, by_key);
     for (int64_t i = 0; i < k; i++) selected[i] = row[i].index;
     free(row);

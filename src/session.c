@@ -1,4 +1,4 @@
-/* Plan a session: validation, host arrays, arena layout.  See session.h. */
+/* Plan a session: host arrays and arena layout.  See session.h. */
 #include "session.h"
 
 #include "cost.h"
@@ -9,59 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_CHUNKS = 65536, DEFAULT_EPIC_K = 16, CHECK_LAYER = 1 };
-static const int64_t max_tokens = INT32_MAX;
+enum { DEFAULT_EPIC_K = 16, CHECK_LAYER = 1 };
 static const char *const default_exchange = "auto";
-
-static ifkv_status check_tokens(const char *name, const int32_t *token, int64_t n,
-                                int64_t n_vocab) {
-    IFKV_REQUIRE(n == 0 || token, IFKV_ERR_USAGE, IFKV_E_STRUCT,
-                 "request.%s: got NULL for %lld tokens", name, (long long)n);
-    for (int64_t i = 0; i < n; i++)
-        IFKV_REQUIRE(token[i] >= 0 && token[i] < n_vocab, IFKV_ERR_DATA, IFKV_E_REQUEST_TOKEN,
-                     "request /%s/%lld: token id out of range: got %d, expected 0 to %lld", name,
-                     (long long)i, token[i], (long long)n_vocab - 1);
-    return IFKV_OK;
-}
-
-static ifkv_status check_chunks(const ifkv_request *request) {
-    IFKV_REQUIRE(request->n_chunk >= 1 && request->n_chunk <= MAX_CHUNKS &&
-                     request->chunk_offsets && request->chunk_offsets[0] == 0,
-                 IFKV_ERR_DATA, IFKV_E_REQUEST_LENGTH,
-                 "request /chunks: got %lld chunks, expected 1 to %d", (long long)request->n_chunk,
-                 MAX_CHUNKS);
-    for (int64_t i = 0; i < request->n_chunk; i++)
-        IFKV_REQUIRE(request->chunk_offsets[i] < request->chunk_offsets[i + 1] &&
-                         request->chunk_offsets[i + 1] <= max_tokens,
-                     IFKV_ERR_DATA, IFKV_E_REQUEST_LENGTH,
-                     "request /chunks/%lld: got %lld tokens, expected at least 1", (long long)i,
-                     (long long)(request->chunk_offsets[i + 1] - request->chunk_offsets[i]));
-    return IFKV_OK;
-}
-
-static ifkv_status check_request(const ifkv_config *config, const ifkv_request *request,
-                                 int64_t max_new) {
-    IFKV_TRY(check_chunks(request));
-    const int64_t n_chunk_token = request->chunk_offsets[request->n_chunk];
-    IFKV_REQUIRE(request->n_prompt >= 1 && request->n_prompt <= max_tokens, IFKV_ERR_DATA,
-                 IFKV_E_REQUEST_LENGTH, "request /prompt: got %lld tokens, expected at least 1",
-                 (long long)request->n_prompt);
-    IFKV_REQUIRE(request->n_prefix >= 0 && request->n_prefix <= max_tokens &&
-                     request->n_question >= 0 && request->n_question <= max_tokens,
-                 IFKV_ERR_DATA, IFKV_E_REQUEST_LENGTH, "request: got a negative length");
-    IFKV_TRY(check_tokens("prefix", request->prefix, request->n_prefix, config->n_vocab));
-    IFKV_TRY(check_tokens("chunks", request->chunk_tokens, n_chunk_token, config->n_vocab));
-    IFKV_TRY(check_tokens("prompt", request->prompt, request->n_prompt, config->n_vocab));
-    IFKV_TRY(check_tokens("question", request->question, request->n_question, config->n_vocab));
-    const int64_t total = request->n_prefix + n_chunk_token + request->n_prompt + max_new;
-    IFKV_REQUIRE(total <= config->max_position, IFKV_ERR_DATA, IFKV_E_REQUEST_LENGTH,
-                 "request: sequence too long for the model: got %lld tokens (prefix %lld, context "
-                 "%lld, prompt %lld, "
-                 "new %lld), expected at most max_position_embeddings %lld",
-                 (long long)total, (long long)request->n_prefix, (long long)n_chunk_token,
-                 (long long)request->n_prompt, (long long)max_new, (long long)config->max_position);
-    return IFKV_OK;
-}
 
 /* Chunk bounds as they will be encoded: as given, or re-cut every options.chunk tokens. */
 static ifkv_status cut_chunks(ifkv_session *session) {
@@ -69,9 +18,9 @@ static ifkv_status cut_chunks(ifkv_session *session) {
     const int64_t n_token = request->chunk_offsets[request->n_chunk],
                   chunk = session->options.chunk;
     session->n_given = chunk ? (n_token + chunk - 1) / chunk : request->n_chunk;
-    IFKV_REQUIRE(session->n_given <= MAX_CHUNKS, IFKV_ERR_DATA, IFKV_E_REQUEST_LENGTH,
+    IFKV_REQUIRE(session->n_given <= IFKV_MAX_CHUNKS, IFKV_ERR_DATA, IFKV_E_REQUEST_LENGTH,
                  "request: got %lld chunks of %lld tokens, expected at most %d",
-                 (long long)session->n_given, (long long)chunk, MAX_CHUNKS);
+                 (long long)session->n_given, (long long)chunk, IFKV_MAX_CHUNKS);
     const size_t n = (size_t)session->n_given + 1;
     session->given_offsets = malloc(n * sizeof *session->given_offsets);
     session->chunk_index = malloc(n * sizeof *session->chunk_index);
@@ -83,28 +32,6 @@ static ifkv_status cut_chunks(ifkv_session *session) {
         session->chunk_index[i] = i ? request->n_prefix + session->given_offsets[i] : 0;
     }
     return IFKV_OK;
-}
-
-static ifkv_status find_placement(const char *name, ifkv_placement_kind *kind_p) {
-    static const char *const names[] = {[IFKV_PLACE_AUTO] = "auto",
-                                        [IFKV_PLACE_ZIGZAG] = "zigzag",
-                                        [IFKV_PLACE_CONTIGUOUS] = "contiguous",
-                                        [IFKV_PLACE_LONGEST] = "longest"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        if (name && strcmp(name, names[i])) continue;
-        *kind_p = (ifkv_placement_kind)i; /* without a name the first */
-        return IFKV_OK;
-    }
-    char shown[IFKV_QUOTE_BYTES];
-    return IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_VALUE,
-                     "placement: got \"%s\", expected auto, zigzag, contiguous or longest",
-                     ifkv_quote(name, strlen(name), shown));
-}
-
-/* Exact prefill on all ranks goes by the name of its exchange. */
-static bool is_exact_method(const char *method) {
-    const ifkv_exchange_ops *ops = ifkv_exchange_find(method);
-    return ops && ops->n_slice > 0;
 }
 
 static ifkv_status place(ifkv_session *session) {
@@ -130,7 +57,7 @@ static ifkv_status place(ifkv_session *session) {
                                           size, session->n_context);
     }
     ifkv_placement_kind kind = IFKV_PLACE_AUTO;
-    IFKV_TRY(find_placement(session->options.placement, &kind));
+    IFKV_TRY(ifkv_session_placement(session->options.placement, &kind));
     IFKV_TRY(ifkv_placement_init(&session->placement, kind, size, request->n_prefix,
                                  session->n_given, session->given_offsets, cost));
     return session->reorder.is_on ? ifkv_placement_split_prefix(&session->placement) : IFKV_OK;
@@ -268,18 +195,6 @@ static void print_score_layers(ifkv_session *session, const ifkv_select_input *i
                                  "%s%d", i ? "," : "", input->score_layer[i]);
 }
 
-static ifkv_status parse_scoring(const ifkv_prefill_options *options, bool *is_local_p) {
-    const char *scoring = options->scoring ? options->scoring : "exact";
-    char shown[IFKV_QUOTE_BYTES];
-    *is_local_p = !strcmp(scoring, "local");
-    IFKV_REQUIRE(*is_local_p || !strcmp(scoring, "exact"), IFKV_ERR_USAGE, IFKV_E_VALUE,
-                 "scoring: got \"%s\", expected exact or local",
-                 ifkv_quote(scoring, strlen(scoring), shown));
-    IFKV_REQUIRE(*is_local_p || !options->local_sink, IFKV_ERR_USAGE, IFKV_E_CONFLICT,
-                 "local-sink: goes with scoring local, got exact");
-    return IFKV_OK;
-}
-
 static ifkv_status plan_selection(ifkv_session *session) {
     const ifkv_prefill_options *options = &session->options;
     const ifkv_engine *engine = session->engine;
@@ -302,7 +217,7 @@ static ifkv_status plan_selection(ifkv_session *session) {
         .progress = options->progress,
         .progress_arg = options->progress_arg,
     };
-    IFKV_TRY(parse_scoring(options, &input.is_local));
+    IFKV_TRY(ifkv_scoring_parse(options, &input.is_local));
     input.has_sink = options->local_sink;
     int64_t num = 0, den = 1;
     IFKV_TRY(ifkv_ratio_parse(options->ratio ? options->ratio : "0.15", &num, &den));
@@ -423,59 +338,6 @@ static ifkv_status plan_passes(ifkv_session *session) {
     return IFKV_OK;
 }
 
-ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_options) {
-    ifkv_prefill_options options;
-    IFKV_TRY(ifkv_struct_read(&options, sizeof options, caller_options, "prefill_options"));
-    char shown[IFKV_QUOTE_BYTES];
-    const char *method = options.method, *exchange = options.exchange, *rows = options.score_rows,
-               *ride = options.ride;
-    int64_t num, den;
-    ifkv_score_form form;
-    ifkv_geometry geometry;
-    ifkv_placement_kind kind;
-    ifkv_select_input *layers;
-    bool is_local, is_reordered;
-    IFKV_REQUIRE(!method || !strcmp(method, "full") || !strcmp(method, "auto") ||
-                     is_exact_method(method) || ifkv_select_find(method),
-                 IFKV_ERR_USAGE, IFKV_E_VALUE, "method: got \"%s\", expected " IFKV_METHOD_NAMES,
-                 ifkv_quote(method, strlen(method), shown));
-    IFKV_REQUIRE(!exchange || !strcmp(exchange, "auto") ||
-                     (ifkv_exchange_find(exchange) && !is_exact_method(exchange)),
-                 IFKV_ERR_USAGE, IFKV_E_VALUE,
-                 "exchange: got \"%s\", expected auto, query, delta, kv or local",
-                 ifkv_quote(exchange, strlen(exchange), shown));
-    IFKV_REQUIRE(!rows || !strcmp(rows, "question") || !strcmp(rows, "prompt"), IFKV_ERR_USAGE,
-                 IFKV_E_VALUE, "score-rows: got \"%s\", expected question or prompt",
-                 ifkv_quote(rows, strlen(rows), shown));
-    IFKV_REQUIRE(!ride || !strcmp(ride, "both") || !strcmp(ride, "score") ||
-                     !strcmp(ride, "prompt") || !strcmp(ride, "none"),
-                 IFKV_ERR_USAGE, IFKV_E_VALUE,
-                 "ride: got \"%s\", expected both, score, prompt or none",
-                 ifkv_quote(ride, strlen(ride), shown));
-    IFKV_TRY(ifkv_ratio_parse(options.ratio ? options.ratio : "0.15", &num, &den));
-    IFKV_TRY(ifkv_score_form_parse(options.score ? options.score : "l2", &form));
-    IFKV_TRY(ifkv_geometry_parse(options.geometry, options.hp, &geometry));
-    IFKV_TRY(parse_scoring(&options, &is_local));
-    IFKV_TRY(ifkv_reorder_check(&options, &is_reordered));
-    IFKV_TRY(find_placement(options.placement, &kind));
-    IFKV_REQUIRE(options.chunk >= 0 && options.chunk <= max_tokens, IFKV_ERR_USAGE, IFKV_E_VALUE,
-                 "chunk: got %lld, expected a number of tokens", (long long)options.chunk);
-    IFKV_REQUIRE(options.max_new >= 0 && options.max_new <= max_tokens, IFKV_ERR_USAGE,
-                 IFKV_E_VALUE, "max-new: got %lld, expected 0 or more", (long long)options.max_new);
-    IFKV_REQUIRE(options.epic_k >= 0 && options.epic_k <= max_tokens, IFKV_ERR_USAGE, IFKV_E_VALUE,
-                 "epic-k: got %lld, expected a number of rows", (long long)options.epic_k);
-    if (!options.score_layers) return IFKV_OK;
-    /* the list's form; how many layers there are only the model knows */
-    layers = malloc(sizeof *layers);
-    IFKV_REQUIRE(layers, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "prefill_options: out of host memory");
-    const ifkv_status status = ifkv_score_layers_parse(options.score_layers, INT32_MAX, layers);
-    free(layers);
-    return status;
-}
-
-/* `auto` is `delta` if shard and full copy, each of all context rows, fit beside the weights into
- * half of the least share of memory, else `query`: a function of lengths and of what all ranks
- * know, so that they decide alike. */
 static bool is_exchange_open(const ifkv_session *session) {
     const char *name = session->options.exchange ? session->options.exchange : default_exchange;
     return !session->is_exact && !strcmp(name, "auto");
@@ -490,6 +352,9 @@ static double delta_bytes(const ifkv_session *session) {
     return (double)engine->model.bytes + 2 * row * (double)session->n_context;
 }
 
+/* `auto` is `delta` if shard and full copy, each of all context rows, fit beside the weights into
+ * half of the least share of memory, else `query`: a function of lengths and of what all ranks
+ * know, so that they decide alike. */
 static const char *pick_exchange(const ifkv_session *session) {
     if (session->is_exact) return session->method; /* its own exchange */
     const char *name = session->options.exchange ? session->options.exchange : default_exchange;
@@ -529,7 +394,7 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     session->method = session->options.method ? session->options.method : "infoflow";
     IFKV_REQUIRE(strcmp(session->method, "auto"), IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "method: got auto, expected one that a session can run");
-    session->is_exact = is_exact_method(session->method);
+    session->is_exact = ifkv_method_is_exact(session->method);
     const char *rows = session->options.score_rows;
     if (rows && !strcmp(rows, "question")) session->options.score_rows = NULL;
     session->max_new = session->options.max_new;
@@ -544,7 +409,8 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     IFKV_REQUIRE(!session->reuse.has_store ||
                      (session->reuse.store.load && session->reuse.store.save),
                  IFKV_ERR_USAGE, IFKV_E_STRUCT, "store: got NULL for load or save");
-    IFKV_TRY(check_request(&session->engine->model.config, &session->request, session->max_new));
+    IFKV_TRY(
+        ifkv_request_check(&session->engine->model.config, &session->request, session->max_new));
     const ifkv_request *r = &session->request;
     session->n_context = r->n_prefix + r->chunk_offsets[r->n_chunk];
     session->exchange_name = pick_exchange(session);

@@ -96,6 +96,18 @@ struct ifkv_session {
     int32_t *kept_token; /* [n_kept] */
 };
 
+enum { IFKV_MAX_CHUNKS = 65536 };
+
+/* Lengths and token ids of a request against a model and max_new further tokens.  Errors: DATA,
+ * naming the field; USAGE for NULL. */
+ifkv_status ifkv_request_check(const ifkv_config *config, const ifkv_request *request,
+                               int64_t max_new);
+/* Options by name; NULL is the default.  Errors: USAGE. */
+ifkv_status ifkv_session_placement(const char *name, ifkv_placement_kind *kind_p);
+ifkv_status ifkv_scoring_parse(const ifkv_prefill_options *options, bool *is_local_p);
+/* Exact prefill on all ranks goes by the name of its exchange. */
+bool ifkv_method_is_exact(const char *method);
+
 /* Validate request and options and make the host side of a session; the arena is not touched,
  * *arena_bytes_p is what it must hold.  Local.  Errors: USAGE for options, DATA for the request,
  * RESOURCE. */

@@ -2,18 +2,10 @@
 #include "weights_random.h"
 
 #include "digest.h"
+#include "random.h"
 
 #include <math.h>
 #include <string.h>
-
-#define GOLDEN 0x9e3779b97f4a7c15u
-
-/* The finaliser of splitmix64 (Steele, Lea, Flood 2014). */
-static inline uint64_t mix(uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
 
 /* Sum of the four 16-bit fields about its mean: bell-shaped, an exact integer. */
 static inline int32_t bell(uint64_t z) {
@@ -50,7 +42,7 @@ ifkv_draw ifkv_weights_stream(const ifkv_weight_plan *plan, uint64_t seed, ifkv_
     ifkv_weight_name(kind, layer, name);
     moments(kind, plan->weight[kind].n_col, &mean, &spread);
     return (ifkv_draw){
-        .key = mix(mix(seed + GOLDEN) ^ ifkv_digest_bytes(name, strlen(name))),
+        .key = ifkv_random_mix(ifkv_random_u64(seed, 0) ^ ifkv_digest_bytes(name, strlen(name))),
         /* A uniform 16-bit field has variance (2^32 - 1)/12, and four of them add up. */
         .scale = (float)(spread / sqrt(4294967295.0 / 3.0)),
         .centre = (float)mean,
@@ -59,7 +51,7 @@ ifkv_draw ifkv_weights_stream(const ifkv_weight_plan *plan, uint64_t seed, ifkv_
 
 void ifkv_weights_draw(const ifkv_draw *draw, int64_t first, int64_t n, float *to) {
     for (int64_t i = 0; i < n; i++)
-        to[i] = (float)bell(mix(draw->key + (uint64_t)(first + i + 1) * GOLDEN)) * draw->scale;
+        to[i] = (float)bell(ifkv_random_u64(draw->key, (uint64_t)(first + i))) * draw->scale;
     /* A pass of its own: product and sum are rounded one by one on every machine, where one
      * expression might be contracted. */
     if (draw->centre != 0.0f)

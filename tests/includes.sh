@@ -31,7 +31,7 @@ foreign 'xxhash\.h' 'src/digest\.c|tests/[a-z_]*\.c'
 # Levels: an arrow only points down.  A header's own .c has its level; what is not listed is level 8.
 level() {
     case $1 in
-    ifkv.h | status.h | error_codes.h | log.h) echo 0 ;;
+    ifkv.h | status.h | error_codes.h | log.h | random.h) echo 0 ;;
     tensor.h | placement.h | cost.h | geometry.h | config.h | config_*.h | rope.h | file.h | json.h | digest.h | convert.h | guard.h) echo 1 ;;
     backend.h | arena.h | comm.h | timeline.h | cpu_*.h | mpi_check.h | nccl_check.h) echo 2 ;;
     h5.h | h5_file.h | safetensors*.h | model.h | model_check.h | store*.h | weights.h | weights_random.h | request.h | kvcache.h | publish.h | manifest.h) echo 3 ;;
@@ -47,6 +47,7 @@ own_header() {
     exchange_*.c) echo exchange.h ;;
     select_*.c) echo select.h ;;
     session_api.c) echo prefill.h ;;
+    session_check.c) echo session.h ;;
     measure.c) echo engine.h ;;
     comm_*.c) echo comm.h ;;
     request_*.c) echo request.h ;;

@@ -66,9 +66,9 @@ static tiny_run run_with(const char *method, tiny_engine_fn before, tiny_session
 
 static void infoflow_must_save_3_percent(void **state) {
     (void)state;
-    assert_true(ifkv_auto_takes_infoflow(100, 97));
-    assert_false(ifkv_auto_takes_infoflow(100, 97.01));
-    assert_false(ifkv_auto_takes_infoflow(100, 100));
+    assert_true(ifkv_cost_takes_infoflow(100, 97));
+    assert_false(ifkv_cost_takes_infoflow(100, 97.01));
+    assert_false(ifkv_cost_takes_infoflow(100, 100));
 }
 
 static const char *expected;
@@ -81,7 +81,7 @@ static ifkv_status ran_as_expected(ifkv_session *session) {
     const bool is_infoflow = !strcmp(result.method, "infoflow");
     IFKV_TRY(agree_true(comm, !strcmp(result.method, *expected ? expected : exact)));
     IFKV_TRY(agree_true(comm, !strcmp(result.auto_exact, exact)));
-    return agree_true(comm, is_infoflow == ifkv_auto_takes_infoflow(result.auto_exact_ms,
+    return agree_true(comm, is_infoflow == ifkv_cost_takes_infoflow(result.auto_exact_ms,
                                                                     result.auto_infoflow_ms));
 }
 

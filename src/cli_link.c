@@ -1,7 +1,7 @@
-/* Profiles of links.  See bench.h. */
+/* Profiles of links.  See cli.h. */
 #include <string.h>
 
-#include "bench.h"
+#include "cli.h"
 #include "json.h"
 
 static ifkv_status read_number(const char *where, int i, const json_t *object, const char *name,
@@ -14,7 +14,7 @@ static ifkv_status read_number(const char *where, int i, const json_t *object, c
     return IFKV_OK;
 }
 
-static ifkv_status read_link(const char *where, int i, const json_t *object, bench_link *link) {
+static ifkv_status read_link(const char *where, int i, const json_t *object, cli_link *link) {
     const char *name = json_string_value(json_object_get(object, "name"));
     IFKV_REQUIRE(name && strlen(name) < sizeof link->name, IFKV_ERR_DATA, IFKV_E_VALUE,
                  "%s /links/%d/name: expected text of at most %zu bytes", where, i,
@@ -27,7 +27,7 @@ static ifkv_status read_link(const char *where, int i, const json_t *object, ben
     return read_number(where, i, object, "control_us", &link->link.control_us);
 }
 
-ifkv_status bench_links_read(const char *path, bench_link *link, int *n_p) {
+ifkv_status cli_links_read(const char *path, cli_link *link, int *n_p) {
     const ifkv_json_limits limits = {.max_bytes = 1 << 20};
     char *text = NULL, shown[IFKV_QUOTE_BYTES];
     size_t bytes = 0;
@@ -39,9 +39,9 @@ ifkv_status bench_links_read(const char *path, bench_link *link, int *n_p) {
     IFKV_TRY(status);
     const json_t *list = json_object_get(root, "links");
     const size_t n = json_array_size(list);
-    if (n < 1 || n > BENCH_MAX_LINK)
+    if (n < 1 || n > CLI_MAX_LINK)
         status = IFKV_FAIL(IFKV_ERR_DATA, IFKV_E_VALUE, "%s /links: expected a list of 1 to %d",
-                           shown, BENCH_MAX_LINK);
+                           shown, CLI_MAX_LINK);
     for (size_t i = 0; i < n && status == IFKV_OK; i++)
         status = read_link(shown, (int)i, json_array_get(list, i), &link[i]);
     *n_p = (int)n;
