@@ -73,7 +73,7 @@ static ifkv_status read_count(const json_t *object, const char *where, const cha
 
 static ifkv_status refuse_unknown_keys(json_t *object, const char *where) {
     static const char known[] = " name method ratio score layers rows seed answer source weight "
-                                "norm reduce block heads write geometry refit ";
+                                "norm reduce block heads write geometry hp refit reorder epic_k ";
     const char *key;
     json_t *value;
     json_object_foreach(object, key, value) {
@@ -102,11 +102,14 @@ static ifkv_status read_config(quality_config *config, const char *where, json_t
     IFKV_TRY(read_choice(object, where, "write", " recompute full ", &config->write));
     IFKV_TRY(
         read_choice(object, where, "geometry", " global hl-tp hl-hp tl-tp ", &config->geometry));
+    IFKV_TRY(read_choice(object, where, "hp", " shared per_chunk ", &config->hp));
     IFKV_TRY(read_count(object, where, "seed", &seed));
     IFKV_TRY(read_count(object, where, "heads", &config->heads));
     IFKV_TRY(read_count(object, where, "block", &config->block));
+    IFKV_TRY(read_count(object, where, "epic_k", &config->epic_k));
     config->seed = (uint64_t)seed;
     config->has_refit = json_is_true(json_object_get(object, "refit"));
+    config->has_reorder = json_is_true(json_object_get(object, "reorder"));
     config->has_answer = json_is_true(json_object_get(object, "answer"));
     IFKV_REQUIRE(config->name, IFKV_ERR_DATA, IFKV_E_VALUE, "%s/name: got nothing", where);
     return IFKV_OK;

@@ -20,7 +20,9 @@ typedef struct quality_config {
     const char *rows; /* "question" (default) or "prompt" */
     uint64_t seed;
     const char *geometry; /* "global" (default), "hl-tp", "hl-hp", "tl-tp" */
-    bool has_refit;
+    const char *hp;       /* of "hl-hp": "shared" (default) or "per_chunk" */
+    bool has_refit, has_reorder;
+    int64_t epic_k;    /* of method "epic": rows at the head of each chunk; 0: its default */
     bool has_answer;   /* also decode greedily */
     const char *write; /* what S gets: "recompute" (default), or "full": its K/V of full prefill, an
                           oracle that shows what stale keys do to recomputed rows */

@@ -26,9 +26,14 @@ static void show_progress(int64_t request, const quality_run *run, const char *c
                 (long long)run->requests->n, config);
 }
 
+/* JSON has no NaN: what was not measured is null. */
+static json_t *number(double value) {
+    return value == value ? json_real(value) : json_null();
+}
+
 static json_t *numbers(const double *value, int64_t n) {
     json_t *list = json_array();
-    for (int64_t i = 0; i < n && list; i++) json_array_append_new(list, json_real(value[i]));
+    for (int64_t i = 0; i < n && list; i++) json_array_append_new(list, number(value[i]));
     return list;
 }
 
@@ -38,11 +43,6 @@ static json_t *ids(const int32_t *id, int64_t n) {
     return list;
 }
 
-/* JSON has no NaN: what was not measured is null. */
-static json_t *number(double value) {
-    return value == value ? json_real(value) : json_null();
-}
-
 static json_t *line_of(const quality_case *it, const char *id, int64_t position,
                        const quality_config *config, const quality_result *result) {
     char digest[17];
@@ -50,7 +50,7 @@ static json_t *line_of(const quality_case *it, const char *id, int64_t position,
     json_t *answer = result->answer ? ids(result->answer, result->n_answer) : json_null();
     return json_pack(
         "{s:s, s:I, s:s, s:O, s:I, s:I, s:I, s:s, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
-        "s:o, s:[f, f], s:[f, f], s:{s:f, s:f, s:f, s:f, s:f, s:f}}",
+        "s:o, s:o, s:o, s:{s:f, s:f, s:f, s:f, s:f, s:f}}",
         "id", id, "position", (json_int_t)position, "name", config->name, "config", config->json,
         "chunk", (json_int_t)it->chunk, "n_context", (json_int_t)it->n_context, "n_selected",
         (json_int_t)result->n_selected, "digest", digest, "n_greedy", (json_int_t)it->greedy.n,
@@ -58,10 +58,10 @@ static json_t *line_of(const quality_case *it, const char *id, int64_t position,
         number(result->kl_greedy), "nll_greedy", number(result->nll_greedy), "kl_gold",
         number(result->kl_gold), "nll_gold", number(result->nll_gold), "k_error",
         numbers(result->k_error, it->n_layer), "v_error", numbers(result->v_error, it->n_layer),
-        "answer", answer, "stale_error", result->stale_error[0], result->stale_error[1],
-        "fresh_error", result->fresh_error[0], result->fresh_error[1], "ms", "full", it->full_ms,
-        "encode", it->encode_ms, "score", result->score_ms, "recompute", result->recompute_ms,
-        "prompt", result->prompt_ms, "decode", result->decode_ms);
+        "answer", answer, "stale_error", numbers(result->stale_error, 2), "fresh_error",
+        numbers(result->fresh_error, 2), "ms", "full", it->full_ms, "encode", it->encode_ms,
+        "score", result->score_ms, "recompute", result->recompute_ms, "prompt", result->prompt_ms,
+        "decode", result->decode_ms);
 }
 
 static ifkv_status write_line(quality_run *run, json_t *line) {

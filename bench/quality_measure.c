@@ -266,15 +266,17 @@ static void measure_selected(const quality_case *it, const ifkv_session *session
     }
 }
 
+/* Rows of reordered chunks have no counterpart in full prefill: their errors are NaN. */
 static ifkv_status measure_rows(const quality_case *it, ifkv_session *session,
                                 quality_result *result) {
     const int64_t n = it->n_context * it->n_col;
+    const int n_layer = session->reorder.is_on ? 0 : it->n_layer;
     float *own = malloc(2 * layer_bytes(it));
     result->k_error = malloc((size_t)it->n_layer * sizeof *result->k_error);
     result->v_error = malloc((size_t)it->n_layer * sizeof *result->v_error);
     ifkv_status status =
         own && result->k_error && result->v_error ? IFKV_OK : NO_MEMORY("quality errors");
-    for (int layer = 0; layer < it->n_layer && status == IFKV_OK; layer++) {
+    for (int layer = 0; layer < n_layer && status == IFKV_OK; layer++) {
         status = ifkv_session_kv_read(session, layer, own, own + n);
         if (status != IFKV_OK) break;
         result->k_error[layer] = relative_error(own, quality_rows(it, it->full, false, layer), n);
@@ -282,6 +284,10 @@ static ifkv_status measure_rows(const quality_case *it, ifkv_session *session,
             relative_error(own + n, quality_rows(it, it->full, true, layer), n);
         measure_selected(it, session, own, layer, result);
     }
+    for (int layer = n_layer; layer < it->n_layer && status == IFKV_OK; layer++)
+        result->k_error[layer] = result->v_error[layer] = NAN;
+    for (int i = 0; i < 2 && n_layer == 0; i++)
+        result->stale_error[i] = result->fresh_error[i] = NAN;
     free(own);
     return status;
 }
@@ -375,13 +381,19 @@ ifkv_status quality_measure(quality_case *it, const quality_config *config,
         .max_new = it->max_answer,
         .seed = config->seed,
         .geometry = config->geometry,
+        .hp = config->hp,
         .refit = config->has_refit,
+        .epic_k = config->epic_k,
+        .reorder = !config->has_reorder ? NULL
+                   : it->chunk          ? "force"
+                                        : "on",
         .selected = selected,
         .n_selected = n_selected,
     };
     ifkv_session *session = NULL;
-    ifkv_status status =
-        quality_session(it, &options, is_full ? it->full : it->encoded, has_question, &session);
+    const float *snapshot = is_full ? it->full : config->has_reorder ? NULL : it->encoded;
+    ifkv_status status = quality_session(it, &options, snapshot, has_question, &session);
+    if (status == IFKV_OK && !snapshot) status = ifkv_prefill_encode(session); /* K unrotated yet */
     if (status == IFKV_OK) status = run_stages(it, session, config, result);
     if (status != IFKV_OK) quality_result_fini(result);
     ifkv_session_destroy(session);

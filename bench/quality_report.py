@@ -19,7 +19,7 @@ import numpy as np
 import quality_stats as stats
 
 DEFAULT = {"method": "infoflow", "ratio": "0.15", "score": "l2", "layers": "wide", "rows": "question",
-           "geometry": "global", "refit": False, "write": "recompute"}
+           "geometry": "global", "hp": "shared", "refit": False, "reorder": False, "write": "recompute"}
 MEASURED = ("kl_first", "kl_greedy", "nll_greedy", "kl_gold", "nll_gold")
 
 
@@ -64,7 +64,7 @@ class Run:
     def selected_v_error(self, name):
         """Means over questions of the selected rows' V error as encoded and at the end, or None in older lines."""
         lines = [self.by_pair[name, question] for question in self.ids]
-        if not all("fresh_error" in line for line in lines) or lines[0]["n_selected"] == 0:
+        if any(None in line.get("fresh_error", [None]) for line in lines) or lines[0]["n_selected"] == 0:
             return None
         return tuple(np.mean([line[key][1] for line in lines]) for key in ("stale_error", "fresh_error"))
 
@@ -105,8 +105,8 @@ def measure(run, decode, golds):
         row["random"] = run.find(method="random", ratio=ratio)
         row["published"] = run.find(method="infoflow", layers="published", ratio=ratio)
         row["unfitted"] = run.find_unfitted(name)
-        row["v_error"] = np.array([run.by_pair[name, question]["v_error"] for question in run.ids])
-        row["k_error"] = np.array([run.by_pair[name, question]["k_error"] for question in run.ids])
+        for key in ("k_error", "v_error"):
+            row[key] = np.array([run.by_pair[name, question][key] for question in run.ids], dtype=float)  # null: nan
         row["selected_v_error"] = run.selected_v_error(name)
         rows.append(row)
     return rows
@@ -145,7 +145,7 @@ def markdown(rows, n_question):
             percent(random["share_greedy"].mean()) if random else "–",
             against(row, published), against(row, published, "gold"),
             against(row, unfitted), against(row, unfitted, "gold"),
-            f"{row['k_error'].mean():.3f} / {row['v_error'].mean():.3f}",
+            f"{mean_or_dash(row['k_error'], 3)} / {mean_or_dash(row['v_error'], 3)}",
             "{:.2f} → {:.2f}".format(*row["selected_v_error"]) if row["selected_v_error"] else "–"]) + " |")
     lines.append(f"\n{n_question} questions; intervals: 95 % bootstrap over questions, {stats.N_RESAMPLE} resamples, paired for differences.")
     return "\n".join(lines) + "\n"

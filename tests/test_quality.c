@@ -253,6 +253,46 @@ static void refit_moves_other_rows_than_the_selected(void **state) {
     tiny_request_fini(&request);
 }
 
+/* Two documents in either order end up in one: of 20 and 23 rows the same share cannot be the best,
+ * so no tie keeps the given order. */
+static void two_orders_are_reordered_into_one(void **state) {
+    (void)state;
+    enum { A = 20, B = 23 };
+    tiny_request request = request_of(2, (int64_t[]){A, B});
+    int32_t *token = request.token + request.request.n_prefix, first[A];
+    double nll[2][2];
+    for (int order = 0; order < 2; order++) {
+        quality_case it = open_case(&request);
+        for (int has_reorder = 0; has_reorder < 2; has_reorder++) {
+            quality_result result =
+                measure(&it, (quality_config){.ratio = "0.25", .has_reorder = has_reorder == 1});
+            nll[has_reorder][order] = result.nll_gold;
+            assert_int_equal(isnan(result.v_error[0]) != 0, has_reorder);
+            assert_int_equal(isnan(result.fresh_error[1]) != 0, has_reorder);
+            quality_result_fini(&result);
+        }
+        quality_close(&it);
+        memcpy(first, token, sizeof first);
+        memmove(token, token + A, B * sizeof *token);
+        memcpy(token + B, first, sizeof first);
+        request.offset[1] = B;
+    }
+    assert_true(fabs(nll[0][0] - nll[0][1]) > 1e-3);
+    assert_within(fabs(nll[1][0] - nll[1][1]), TINY_TOLERANCE);
+    tiny_request_fini(&request);
+}
+
+static void epic_takes_its_own_number_of_rows(void **state) {
+    (void)state;
+    tiny_request request = request_of(3, (int64_t[]){12, 40, 19});
+    quality_case it = open_case(&request);
+    quality_result epic = measure(&it, (quality_config){.method = "epic", .epic_k = 7});
+    assert_int_equal(epic.n_selected, 2 * 7);
+    quality_result_fini(&epic);
+    quality_close(&it);
+    tiny_request_fini(&request);
+}
+
 static int64_t count_lines(const char *path) {
     FILE *file = fopen(path, "rb");
     assert_non_null(file);
@@ -331,6 +371,8 @@ int main(void) {
         cmocka_unit_test(a_snapshot_is_what_was_run),
         cmocka_unit_test(errors_of_selected_rows_are_before_and_after),
         cmocka_unit_test(refit_moves_other_rows_than_the_selected),
+        cmocka_unit_test(two_orders_are_reordered_into_one),
+        cmocka_unit_test(epic_takes_its_own_number_of_rows),
         cmocka_unit_test(an_interrupted_run_resumes),
         cmocka_unit_test(bad_configurations_are_refused_by_line),
     };

@@ -105,6 +105,14 @@ class Report(unittest.TestCase):
             self.assertEqual(file["v_error"].shape, (7, 3, 2))
         self.assertTrue((self.folder / "table.png").read_bytes().startswith(b"\x89PNG"))
 
+    def test_reordered_rows_have_no_error_and_are_not_published(self):
+        moved = line_of("moved", "a", 0, 0.5, method="infoflow", layers="published", ratio="0.15", reorder=True)
+        moved.update(k_error=[None, None], v_error=[None, None], stale_error=[None, None], fresh_error=[None, None])
+        lines = [line_of("none", "a", 0, 1.0, method="none"), moved,
+                 line_of("old", "a", 0, 0.75, method="infoflow", layers="published", ratio="0.15")]
+        rows = {row[0]: row for row in self.report(lines)}
+        self.assertEqual(rows["moved"][12:], ["25 [25, 25]"] * 2 + ["–", "–", "– / –", "–"])
+
     def test_part_keeps_half_of_the_positions(self):
         lines = [line_of("none", question, position, 1.0, method="none") for position, question in enumerate("abcd")]
         self.report(lines, "--part", "odd")
