@@ -45,8 +45,10 @@ def is_running(pid):
 
 
 class Tool(unittest.TestCase):
+    FOLDER = None  # of temporary files; None: the system's
+
     def setUp(self):
-        self.dir = tempfile.TemporaryDirectory()
+        self.dir = tempfile.TemporaryDirectory(dir=self.FOLDER)
         self.addCleanup(self.dir.cleanup)
         self.model = self.path("model")
         os.mkdir(self.model)

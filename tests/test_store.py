@@ -22,6 +22,8 @@ def documents(n, length, seed=1):
 
 
 class Store(Tool):
+    # in memory where there is such a place: thousands of entries are published here, each synced to its disk
+    FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     DOCUMENTS = documents(6, 20)
 
     def items(self, *orders):
@@ -46,6 +48,14 @@ class Store(Tool):
 
     def stores(self, out):
         return [line["store"] for line in self.results(out)]
+
+    def entry_kinds(self):
+        """An entry of the prefix rows and one of a chunk: the first has no ids behind its prefix."""
+        kinds = {}
+        for name in self.entries():
+            with h5py.File(name) as f:
+                kinds["chunk" if len(f["token_ids"]) else "prefix"] = name
+        return kinds
 
     def test_cold_mixed_and_warm_runs_give_the_same_bits(self):
         items = self.items([0, 1, 2, 3])
@@ -127,20 +137,42 @@ class Store(Tool):
             self.assertEqual(self.stores("warm")[0]["misses"], 1)
         self.assert_answer(self.run_tool("store", "verify", self.path("store")), 0)
 
-    def test_a_kill_while_filling_leaves_a_sound_store(self):
-        self.write_requests([request(id=str(i), chunks=documents(4, 30, i)) for i in range(60)])
-        draw = random.Random(3)
-        for i in range(12):
+    def test_after_fifty_kills_while_200_documents_fill_it_the_store_serves_nothing_wrong(self):
+        items = [request(id=str(i), chunks=documents(4, 30, i)) for i in range(50)]
+        self.assert_answer(self.prefill(items, out="without"), 0)
+        draw = random.Random()
+        n_partly = 0
+        for _ in range(50):
+            draw.shuffle(items)
+            for name in draw.sample(self.entries(), len(self.entries()) // 2):
+                os.remove(name)
+            n_wanted = draw.randrange(len(self.entries()) + 1, 180)
             process = subprocess.Popen([BIN, "prefill", "--model", self.model, "--random-weights", "1", "--requests",
-                                        self.path("requests.jsonl"), "--out", self.path("out"), "--overwrite",
+                                        self.write_requests(items), "--out", self.path("out"), "--overwrite",
                                         "--store", self.path("store"), "--max-new", "1", "--quiet"],
                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            time.sleep(0.05 + 0.4 * draw.random())
+            while len(self.entries()) < n_wanted and process.poll() is None:
+                time.sleep(0.0005)
+            time.sleep(0.002 * draw.random())
             process.send_signal(signal.SIGKILL)
             process.wait()
-            if os.path.isdir(self.path("store")):
-                self.assert_answer(self.run_tool("store", "verify", self.path("store")), 0)
-        self.assertGreater(len(self.entries()), 0)
+            n_partly += n_wanted <= len(self.entries()) < 201
+        self.assertGreater(n_partly, 40)  # killed while it was filled
+        self.assert_answer(self.run_tool("store", "verify", self.path("store")), 0)
+        kinds = self.entry_kinds()
+        self.assertEqual(set(kinds), {"chunk", "prefix"})
+        for name in kinds.values():  # a flipped byte in an entry of every kind
+            with open(name, "r+b") as f:
+                at = draw.randrange(os.path.getsize(name))
+                byte = os.pread(f.fileno(), 1, at)
+                os.pwrite(f.fileno(), bytes([byte[0] ^ 1 << draw.randrange(8)]), at)
+        done = self.fill(items, "--overwrite")
+        self.assert_answer(done, 0)
+        self.assertEqual(done.stderr.decode().count("warning: store"), len(kinds), done.stderr)
+        answers = {line["id"]: line["answer_ids"] for line in self.results("without")}
+        self.assertEqual({line["id"]: line["answer_ids"] for line in self.results()}, answers)
+        self.assertGreater(sum(s["hits"] for s in self.stores("out")), 50)
+        self.assertEqual(len(self.entries()), 201)
 
     def test_two_jobs_may_fill_one_store(self):
         self.write_requests([request(id=str(i), chunks=documents(4, 30, i)) for i in range(12)])
