@@ -73,10 +73,64 @@ static int default_threads(const ifkv_comm *comm) {
     return n > 0 ? n : 1;
 }
 
-/* Everything one rank does alone on the way to an open engine. */
-static ifkv_status open_local(ifkv_engine *engine, const ifkv_engine_options *options) {
+/* The first rank of this process that computes in the same memory: it loads weights for all of
+ * them. */
+static int loading_rank(const ifkv_engine *engine) {
+    const ifkv_comm *comm = engine->comm;
+    int r = 0;
+    if (strcmp(ifkv_comm_name(comm), "thread")) return comm->rank;
+    while (engine->unit[r] != engine->unit[comm->rank]) r++;
+    return r;
+}
+
+static ifkv_status load(ifkv_engine *engine, const ifkv_engine_options *options) {
     const ifkv_model_options model = {.random_weights = options->random_weights,
                                       .seed = options->seed};
+    ifkv_backend *backend = engine->backend;
+    if (options->check_only)
+        return ifkv_model_check(options->model_dir, &model, backend->ops->dtype, &engine->model);
+    if (loading_rank(engine) != engine->comm->rank) return IFKV_OK;
+    return ifkv_model_load(options->model_dir, &model, backend, &engine->model);
+}
+
+/* Take the weights from the rank that has loaded them.  Collective. */
+static ifkv_status share_weights(ifkv_engine *engine) {
+    ifkv_comm *comm = engine->comm;
+    const ifkv_model *mine = &engine->model, **model = malloc((size_t)comm->size * sizeof *model);
+    ifkv_status status = IFKV_OK;
+    const int from = loading_rank(engine);
+    if (!model) status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "engine: out of host memory");
+    IFKV_TRY_GOTO(status, ifkv_comm_agree(comm, status, NULL), out);
+    IFKV_TRY_GOTO(status, ifkv_comm_gather(comm, &mine, sizeof mine, model), out);
+    if (from != comm->rank) status = ifkv_model_share(model[from], engine->backend, &engine->model);
+    status = ifkv_comm_agree(comm, status, NULL);
+out:
+    free(model);
+    return status;
+}
+
+/* Load the weights once for all ranks of a process that can read them.  Collective. */
+static ifkv_status open_model(ifkv_engine *engine, const ifkv_engine_options *options) {
+    IFKV_TRY(ifkv_comm_agree(engine->comm, load(engine, options), NULL));
+    const bool is_shared = !strcmp(ifkv_comm_name(engine->comm), "thread");
+    if (is_shared && !options->check_only) IFKV_TRY(share_weights(engine));
+    const size_t n = is_shared ? (size_t)engine->n_sharing : 1;
+    engine->weight_bytes = (engine->model.bytes + n - 1) / n;
+    /* nodes can see different files: a stale mount, a half-copied directory */
+    return ifkv_comm_same(engine->comm, engine->model.fingerprint, "model fingerprint");
+}
+
+static ifkv_status prepare(ifkv_engine *engine) {
+    const ifkv_config *config = &engine->model.config;
+    engine->frequency = malloc((size_t)config->d_head / 2 * sizeof *engine->frequency);
+    IFKV_REQUIRE(engine->frequency, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "engine: out of host memory");
+    ifkv_rope_frequencies(config, engine->frequency);
+    return engine->backend->ops->prepare(engine->backend, config->n_head, config->n_kv_head,
+                                         config->d_head);
+}
+
+/* What one rank needs before it can speak of memory with the others. */
+static ifkv_status open_local(ifkv_engine *engine, const ifkv_engine_options *options) {
     IFKV_REQUIRE(options->model_dir, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "model: got none, expected a directory");
     IFKV_REQUIRE(options->n_thread >= 0 && options->n_thread <= 4096, IFKV_ERR_USAGE, IFKV_E_VALUE,
@@ -87,18 +141,7 @@ static ifkv_status open_local(ifkv_engine *engine, const ifkv_engine_options *op
     engine->unit = malloc((size_t)engine->comm->size * sizeof *engine->unit);
     IFKV_REQUIRE(engine->unit, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "engine: out of host memory");
     engine->resident_before = ifkv_resident_bytes();
-    if (options->check_only) {
-        IFKV_TRY(ifkv_model_check(options->model_dir, &model, engine->backend->ops->dtype,
-                                  &engine->model));
-    } else {
-        IFKV_TRY(ifkv_model_load(options->model_dir, &model, engine->backend, &engine->model));
-    }
-    const ifkv_config *config = &engine->model.config;
-    engine->frequency = malloc((size_t)config->d_head / 2 * sizeof *engine->frequency);
-    IFKV_REQUIRE(engine->frequency, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "engine: out of host memory");
-    ifkv_rope_frequencies(config, engine->frequency);
-    return engine->backend->ops->prepare(engine->backend, config->n_head, config->n_kv_head,
-                                         config->d_head);
+    return IFKV_OK;
 }
 
 static ifkv_status attach(ifkv_engine *engine) {
@@ -123,10 +166,9 @@ ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_
         status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "engine: out of host memory");
     }
     IFKV_TRY_GOTO(status, ifkv_comm_agree(comm, status, NULL), err_close);
-    /* nodes can see different files: a stale mount, a half-copied directory */
-    IFKV_TRY_GOTO(status, ifkv_comm_same(comm, engine->model.fingerprint, "model fingerprint"),
-                  err_close);
     IFKV_TRY_GOTO(status, share_memory(engine), err_close);
+    IFKV_TRY_GOTO(status, open_model(engine, &options), err_close);
+    IFKV_TRY_GOTO(status, ifkv_comm_agree(comm, prepare(engine), NULL), err_close);
     if (!options.check_only) IFKV_TRY_GOTO(status, attach(engine), err_close);
     *engine_p = engine;
     return IFKV_OK;
@@ -184,11 +226,11 @@ ifkv_status ifkv_engine_check_memory(const ifkv_engine *engine, size_t arena_byt
     /* alloc may promise more than there is; a kill in mid-run would be the only message then */
     const uint64_t share = memory_share(engine);
     IFKV_REQUIRE(
-        arena_bytes <= share && engine->model.bytes <= share - arena_bytes, IFKV_ERR_RESOURCE,
+        arena_bytes <= share && engine->weight_bytes <= share - arena_bytes, IFKV_ERR_RESOURCE,
         IFKV_E_MEMORY,
         "memory of a rank: got %.1f MB weights + %.1f MB for the request, expected at most "
         "%.1f MB, its share of the memory",
-        (double)engine->model.bytes / 1e6, (double)arena_bytes / 1e6, (double)share / 1e6);
+        (double)engine->weight_bytes / 1e6, (double)arena_bytes / 1e6, (double)share / 1e6);
     return IFKV_OK;
 }
 

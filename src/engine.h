@@ -11,8 +11,9 @@ struct ifkv_engine {
     ifkv_backend *backend;
     ifkv_comm *data; /* owned: the communicator for back-end memory, which may be comm itself */
     ifkv_model model;
-    double *frequency; /* [d_head / 2] of rope.h */
-    void *arena;       /* back-end memory */
+    size_t weight_bytes; /* of the weights, this rank's share where ranks share them */
+    double *frequency;   /* [d_head / 2] of rope.h */
+    void *arena;         /* back-end memory */
     size_t arena_bytes;
     uint64_t *unit;         /* [size] owned: whose memory each rank uses, see backend.h */
     int n_sharing;          /* ranks that share this one's */

@@ -136,7 +136,7 @@ typedef struct ifkv_model_info {
     int64_t n_vocab, max_position, n_parameter;
     double rope_theta;
     bool is_tied;
-    size_t weight_bytes;  /* resident, per rank */
+    size_t weight_bytes;  /* resident, per rank; the ranks of a thread communicator share them */
     uint64_t fingerprint; /* of config and tensor directory; equal on every rank */
     const char *backend;  /* "cpu", "cuda" */
     int n_thread;

@@ -137,12 +137,12 @@ static ifkv_layer_weights layer_views(const ifkv_weight_plan *plan, void *base, 
 }
 
 static void set_views(const ifkv_weight_plan *plan, ifkv_model *model) {
-    model->embed = view_of(plan, model->base, IFKV_WEIGHT_EMBED, 0);
-    model->final_norm = view_of(plan, model->base, IFKV_WEIGHT_FINAL_NORM, 0);
+    void *base = model->base;
+    model->embed = view_of(plan, base, IFKV_WEIGHT_EMBED, 0);
+    model->final_norm = view_of(plan, base, IFKV_WEIGHT_FINAL_NORM, 0);
     model->lm_head =
-        model->config.is_tied ? model->embed : view_of(plan, model->base, IFKV_WEIGHT_LM_HEAD, 0);
-    for (int i = 0; i < model->config.n_layer; i++)
-        model->layer[i] = layer_views(plan, model->base, i);
+        model->config.is_tied ? model->embed : view_of(plan, base, IFKV_WEIGHT_LM_HEAD, 0);
+    for (int i = 0; i < model->config.n_layer; i++) model->layer[i] = layer_views(plan, base, i);
 }
 
 static const ifkv_model_options DEFAULTS = {false, 0};
@@ -183,24 +183,36 @@ ifkv_status ifkv_model_load(const char *model_dir, const ifkv_model_options *opt
     loaded.n_parameter = (int64_t)plan.weights.n_parameter;
     loaded.fingerprint = plan.fingerprint;
     loaded.layer = calloc((size_t)plan.config.n_layer, sizeof *loaded.layer);
-    if (!loaded.layer) {
+    loaded.n_user = malloc(sizeof *loaded.n_user);
+    if (loaded.n_user) atomic_init(loaded.n_user, 1);
+    if (!loaded.layer || !loaded.n_user) {
         status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "model: out of memory for %d layers",
                            plan.config.n_layer);
-        goto err_fini_plan;
+        goto err_fini;
     }
-    IFKV_TRY_GOTO(status, backend->ops->alloc(backend, loaded.bytes, &loaded.base), err_free_layer);
-    IFKV_TRY_GOTO(status, fill(&plan, options, backend, loaded.base), err_free_base);
+    IFKV_TRY_GOTO(status, backend->ops->alloc(backend, loaded.bytes, &loaded.base), err_fini);
+    IFKV_TRY_GOTO(status, fill(&plan, options, backend, loaded.base), err_fini);
     set_views(&plan.weights, &loaded);
     ifkv_model_plan_fini(&plan);
     *model = loaded;
     return IFKV_OK;
-err_free_base:
-    backend->ops->free(backend, loaded.base);
-err_free_layer:
-    free(loaded.layer);
-err_fini_plan:
+err_fini:
+    ifkv_model_fini(&loaded);
     ifkv_model_plan_fini(&plan);
     return status;
+}
+
+ifkv_status ifkv_model_share(const ifkv_model *from, ifkv_backend *backend, ifkv_model *model) {
+    const size_t bytes = (size_t)from->config.n_layer * sizeof *from->layer;
+    ifkv_layer_weights *layer = malloc(bytes);
+    IFKV_REQUIRE(layer, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "model: out of memory for %d layers",
+                 from->config.n_layer);
+    memcpy(layer, from->layer, bytes);
+    *model = *from;
+    model->layer = layer;
+    model->backend = backend;
+    atomic_fetch_add(model->n_user, 1);
+    return IFKV_OK;
 }
 
 /* Rows of one tensor, a block at a time: what lies between tensors is nobody's. */
@@ -251,7 +263,10 @@ out:
 
 void ifkv_model_fini(ifkv_model *model) {
     if (!model) return;
-    if (model->base) model->backend->ops->free(model->backend, model->base);
+    if (!model->n_user || atomic_fetch_sub(model->n_user, 1) == 1) {
+        if (model->base) model->backend->ops->free(model->backend, model->base);
+        free(model->n_user);
+    }
     free(model->layer);
     memset(model, 0, sizeof *model);
 }

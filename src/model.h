@@ -1,13 +1,16 @@
 /* The weights of a model, resident on one back end.
  *
  * Owns one allocation that holds every tensor in the back end's dtype, packed so that a layer needs
- * four products: Q, K and V lie in one matrix, gate and up in another.  Knows the tensor names of
- * each family; knows nothing of requests or ranks.
+ * four products: Q, K and V lie in one matrix, gate and up in another.  Models of one process may
+ * read one allocation; the last of them releases it.  Knows the tensor names of each family; knows
+ * nothing of requests or ranks.
  * On the CPU the dtype is float32 whatever the checkpoint's: OpenBLAS multiplies bf16 weights only
  * with bf16 activations, which would give up float32 results, and widening them in every pass would
  * read and write the weights once more than the products do.  The price is memory. */
 #ifndef IFKV_SRC_MODEL_H
 #define IFKV_SRC_MODEL_H
+
+#include <stdatomic.h>
 
 #include "backend.h"
 #include "config.h"
@@ -33,7 +36,8 @@ typedef struct ifkv_model {
     uint64_t fingerprint;  /* XXH3-64 of config.json, then name, dtype and shape of every tensor,
                               then header  digests */
     ifkv_backend *backend; /* borrowed; NULL if only checked */
-    void *base;            /* owned, back-end memory */
+    void *base;            /* the allocation, back-end memory; owned with those that share it */
+    atomic_int *n_user;    /* models that share it, this one included; owned likewise */
 } ifkv_model;
 
 typedef struct ifkv_model_options {
@@ -52,6 +56,9 @@ ifkv_status ifkv_model_check(const char *model_dir, const ifkv_model_options *op
  * in the weights), RESOURCE. */
 ifkv_status ifkv_model_load(const char *model_dir, const ifkv_model_options *options,
                             ifkv_backend *backend, ifkv_model *model);
+/* The same weights for another back end of this process that computes in the same memory: nothing
+ * is copied.  `from` must be there until this returns.  Local.  Errors: RESOURCE. */
+ifkv_status ifkv_model_share(const ifkv_model *from, ifkv_backend *backend, ifkv_model *model);
 /* XXH3-64 of all weights as they are resident.  Local.  Errors: RESOURCE, the back end's. */
 ifkv_status ifkv_model_digest(const ifkv_model *model, uint64_t *digest_p);
 void ifkv_model_fini(ifkv_model *model);

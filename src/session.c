@@ -349,7 +349,7 @@ static double delta_bytes(const ifkv_session *session) {
     const ifkv_config *config = &engine->model.config;
     const double row = 2.0 * config->n_layer * config->n_kv_head * config->d_head *
                        (double)ifkv_dtype_bytes(engine->backend->ops->dtype);
-    return (double)engine->model.bytes + 2 * row * (double)session->n_context;
+    return (double)engine->weight_bytes + 2 * row * (double)session->n_context;
 }
 
 /* `auto` is `delta` if shard and full copy, each of all context rows, fit beside the weights into

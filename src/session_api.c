@@ -176,7 +176,7 @@ static ifkv_status reduce_result(ifkv_session *session, ifkv_result *result) {
         peak > engine->resident_before ? (int64_t)(peak - engine->resident_before) : 0;
     const int n_shared = strcmp(ifkv_comm_name(engine->comm), "thread") ? 1 : engine->comm->size;
     value[2 * IFKV_N_STAGE] = engine->comm->rank == 0 ? (int64_t)(session->ttft_ms * 1e6) : 0;
-    value[2 * IFKV_N_STAGE + 1] = (int64_t)(engine->model.bytes + engine->arena_bytes);
+    value[2 * IFKV_N_STAGE + 1] = (int64_t)(engine->weight_bytes + engine->arena_bytes);
     value[2 * IFKV_N_STAGE + 2] = used / n_shared;
     IFKV_TRY(ifkv_comm_all_reduce_i64(engine->comm, value, sizeof value / sizeof *value,
                                       IFKV_REDUCE_MAX));
@@ -192,7 +192,7 @@ static ifkv_status reduce_result(ifkv_session *session, ifkv_result *result) {
     result->store_misses = sum[2];
     result->store_tokens_hit = sum[3];
     result->ttft_ms = (double)value[2 * IFKV_N_STAGE] / 1e6;
-    result->memory_weights = engine->model.bytes;
+    result->memory_weights = engine->weight_bytes;
     result->memory_planned = (size_t)value[2 * IFKV_N_STAGE + 1];
     result->memory_peak = (size_t)value[2 * IFKV_N_STAGE + 2];
     return IFKV_OK;

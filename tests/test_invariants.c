@@ -805,7 +805,7 @@ static void i14_inexact_exchanges_are_exact_up_to_the_second_shard(void **state)
 }
 
 static ifkv_status little_memory(ifkv_engine *engine) {
-    engine->least_share = 2 * engine->model.bytes;
+    engine->least_share = 2 * engine->weight_bytes;
     return IFKV_OK;
 }
 
@@ -829,6 +829,28 @@ static void auto_takes_delta_if_all_kv_fit_and_query_if_not(void **state) {
         assert_ok(tiny_run_on(sizes[s], &does_not));
         tiny_run_fini(&fits);
         tiny_run_fini(&does_not);
+    }
+}
+
+/* One allocation; each rank counts its share of it. */
+static ifkv_status reads_the_weights_of_rank_0(ifkv_engine *engine) {
+    void *base[16];
+    const int size = engine->comm->size;
+    IFKV_TRY(ifkv_comm_gather(engine->comm, &engine->model.base, sizeof base[0], base));
+    bool is_shared = engine->weight_bytes * (size_t)size >= engine->model.bytes &&
+                     engine->weight_bytes * (size_t)size < engine->model.bytes + (size_t)size;
+    for (int r = 0; r < size; r++) is_shared = is_shared && base[r] == base[0];
+    return agree_true(engine->comm, is_shared);
+}
+
+static void ranks_of_one_process_share_their_weights(void **state) {
+    (void)state;
+    for (int s = 0; s < N_SIZE; s++) {
+        assert_true(sizes[s] <= 16);
+        tiny_run run = run_of(&cases[0], (ifkv_prefill_options){.method = "none"});
+        run.before = reads_the_weights_of_rank_0;
+        assert_ok(tiny_run_on(sizes[s], &run));
+        tiny_run_fini(&run);
     }
 }
 
@@ -1299,6 +1321,7 @@ int main(void) {
         cmocka_unit_test(i15_exact_methods_equal_full_prefill),
         cmocka_unit_test(i15_exact_methods_take_empty_shards),
         cmocka_unit_test(i15_exact_methods_equal_full_prefill_in_tiles_and_tail_blocks),
+        cmocka_unit_test(ranks_of_one_process_share_their_weights),
         cmocka_unit_test(i16_placement_changes_no_result),
         cmocka_unit_test(i18_score_forms_bound_each_other),
         cmocka_unit_test(i21_epic_with_heads_as_long_as_chunks_is_all),

@@ -366,6 +366,24 @@ static void check_counts_what_load_allocates(void **state) {
     ifkv_model_fini(&loaded);
 }
 
+/* Whichever goes first, the other still reads them; with the last they are gone. */
+static void shared_weights_stay_for_the_last(void **state) {
+    const table t = tiny(false, true);
+    write_model(*state, TINY_LLAMA, &t, "F32");
+    for (int first = 0; first < 2; first++) {
+        ifkv_model m[2];
+        assert_ok(load(*state, &m[0]));
+        const int n_loaded = n_live;
+        assert_ok(ifkv_model_share(&m[0], &fake, &m[1]));
+        assert_int_equal(n_live, n_loaded);
+        assert_ptr_equal(m[0].embed.data, m[1].embed.data);
+        ifkv_model_fini(&m[first]);
+        assert_tiny(&m[1 - first]);
+        ifkv_model_fini(&m[1 - first]);
+        assert_int_equal(n_live, 0);
+    }
+}
+
 static void failed_upload_releases_everything(void **state) {
     const table t = tiny(false, true);
     ifkv_model m;
@@ -1001,6 +1019,7 @@ int main(void) {
         TEST(shards_load_as_one_file_does),
         TEST(bf16_back_end_holds_bf16),
         TEST(check_counts_what_load_allocates),
+        TEST(shared_weights_stay_for_the_last),
         TEST(failed_upload_releases_everything),
         TEST(model_beyond_memory_is_resource),
         TEST(packed_matrices_have_no_gap),
