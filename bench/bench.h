@@ -27,6 +27,7 @@ typedef struct bench_row {
     double exposed_ms, compute_ms;    /* of a projected row */
     int64_t bytes[IFKV_N_STAGE], bytes_total;
     double median_ms, min_ms, max_ms; /* of ttft_ms */
+    double flop, floor_ms;            /* of all ranks; what the rates allow at best */
     double speedup;                   /* over `full` of the same length and kind; 0: no such row */
     double error; /* relative L2 distance of the first logits from those of `full`, the worst run */
 } bench_row;
@@ -34,11 +35,27 @@ typedef struct bench_row {
 /* Fill median, minimum and maximum; returns the index of the median run. */
 int bench_statistics(bench_row *row);
 
+/* Rates that floors are counted with. */
+typedef struct bench_rates {
+    ifkv_rates alone;  /* of a rank while the others wait */
+    ifkv_rates shared; /* of each while all of them work: less where they share cores or a device */
+    const char *source; /* "measured", or the file of --device */
+} bench_rates;
+
+/* Take them from --device, or measure.  is_projected: every rank has a device of its own.
+ * Collective. */
+ifkv_status bench_rates_find(ifkv_engine *engine, const cli_options *options, bool is_projected,
+                             bench_rates *rates);
+/* What a session that has run was worth, by src/cost.h.  Collective. */
+ifkv_status bench_cost(const ifkv_session *session, const bench_rates *rates, double *flop_p,
+                       double *floor_ms_p);
+
 /* Where rows go: a table on standard output or JSON lines with --json, and with --out the files
  * bench.jsonl and bench.h5.  Rank 0 only. */
 typedef struct bench_report bench_report;
 ifkv_status bench_report_open(const cli_options *options, const ifkv_model_info *info,
-                              const char *comm, int n_rank, bench_report **report_p);
+                              const char *comm, int n_rank, const bench_rates *rates,
+                              bench_report **report_p);
 ifkv_status bench_report_row(bench_report *report, const bench_row *row);
 /* Write what is written at the end. */
 ifkv_status bench_report_finish(bench_report *report);

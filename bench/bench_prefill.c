@@ -30,6 +30,7 @@ typedef struct bench_run {
     int64_t length[BENCH_MAX_LENGTH];
     int n_length, n_method, n_repeat, n_link;
     cli_link link[CLI_MAX_LINK];
+    bench_rates rates;
     ifkv_timeline *timeline; /* owned by rank 0, shared by its threads; NULL: measured */
     bench_report *report;    /* rank 0 */
     bench_store *store;      /* of the case under way */
@@ -185,7 +186,11 @@ static ifkv_status run_once(bench_run *run, const ifkv_request *request, int i_m
     IFKV_TRY(status);
     IFKV_TRY_GOTO(status, ifkv_session_result(session, &result), out);
     judge(run, i_method, &result);
-    if (i_repeat >= 0) file_result(&run->of[i_method], &result, i_repeat);
+    if (i_repeat >= 0) {
+        bench_row *row = &run->of[i_method].row;
+        file_result(&run->of[i_method], &result, i_repeat);
+        IFKV_TRY_GOTO(status, bench_cost(session, &run->rates, &row->flop, &row->floor_ms), out);
+    }
     for (int i = 0; i < run->n_link && is_recorded && status == IFKV_OK; i++)
         if (ifkv_comm_rank(run->comm) == 0)
             status = ifkv_timeline_project(run->timeline, &run->link[i].link,
@@ -332,9 +337,11 @@ static ifkv_status open_run(bench_run *run) {
     if (is_first) run->exact = malloc((size_t)run->info.n_vocab * sizeof *run->exact);
     if (!run->of || (is_first && !run->exact))
         status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "bench: out of memory");
-    if (status == IFKV_OK && is_first)
+    IFKV_TRY(ifkv_comm_agree(run->comm, status, NULL));
+    IFKV_TRY(bench_rates_find(run->engine, options, run->timeline != NULL, &run->rates));
+    if (is_first)
         status = bench_report_open(options, &run->info, ifkv_comm_name(run->comm),
-                                   ifkv_comm_size(run->comm), &run->report);
+                                   ifkv_comm_size(run->comm), &run->rates, &run->report);
     return ifkv_comm_agree(run->comm, status, NULL);
 }
 

@@ -17,6 +17,7 @@
 struct bench_report {
     const cli_options *options;
     ifkv_model_info info;
+    bench_rates rates;
     char date[32], comm[16];
     int n_rank;
     FILE *lines;     /* bench.jsonl, NULL without --out */
@@ -70,6 +71,12 @@ static void print_head(const bench_report *report) {
            report->date, report->info.backend, report->comm, report->n_rank, report->info.n_thread,
            o->ratio ? o->ratio : "0.15", (long long)(o->chunk ? o->chunk : 2048),
            (long long)o->repeat);
+    const ifkv_rates *alone = &report->rates.alone, *shared = &report->rates.shared;
+    printf(
+        "# of floor: share of the time that these rates would need, %s: products %.4g, attention "
+        "%.4g TFLOP/s of a rank alone, %.4g and %.4g of each while all work\n",
+        report->rates.source, 1e-12 * alone->matmul, 1e-12 * alone->attention,
+        1e-12 * shared->matmul, 1e-12 * shared->attention);
     if (o->project)
         printf("# PROJECTED: every rank's work was measured alone on one device and composed for "
                "%d of them; no row was measured as a whole\n",
@@ -77,7 +84,8 @@ static void print_head(const bench_report *report) {
 }
 
 ifkv_status bench_report_open(const cli_options *options, const ifkv_model_info *info,
-                              const char *comm, int n_rank, bench_report **report_p) {
+                              const char *comm, int n_rank, const bench_rates *rates,
+                              bench_report **report_p) {
     bench_report *report = calloc(1, sizeof *report);
     IFKV_REQUIRE(report, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "bench: out of memory");
     const time_t now = time(NULL);
@@ -85,6 +93,7 @@ ifkv_status bench_report_open(const cli_options *options, const ifkv_model_info 
     report->options = options;
     report->info = *info;
     report->n_rank = n_rank;
+    report->rates = *rates;
     snprintf(report->comm, sizeof report->comm, "%s", comm);
     strftime(report->date, sizeof report->date, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
     const ifkv_status status = open_files(report);
@@ -97,6 +106,15 @@ ifkv_status bench_report_open(const cli_options *options, const ifkv_model_info 
     return IFKV_OK;
 }
 
+/* Of all ranks together. */
+static double tflops(const bench_row *row) {
+    return 1e-9 * row->flop / row->median_ms;
+}
+
+static double floor_share(const bench_row *row) {
+    return row->floor_ms / row->median_ms;
+}
+
 /* ---- the table ---- */
 
 static void print_length(const bench_report *report, const bench_row *row) {
@@ -107,8 +125,8 @@ static void print_length(const bench_report *report, const bench_row *row) {
                        "(%.2fx over one GPU)\n",
                        (long long)row->n_token, published[i].single, published[i].ring,
                        published[i].infoflow, (double)published[i].single / published[i].infoflow);
-    printf("# %7s %-20s %-20s %8s %9s %8s %8s", "tokens", "method", "time is", "selected", "ttft",
-           "spread", "speed-up");
+    printf("# %7s %-20s %-20s %8s %9s %8s %8s %8s %8s", "tokens", "method", "time is", "selected",
+           "ttft", "spread", "speed-up", "TFLOP/s", "of floor");
     for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++)
         printf(" %9s", ifkv_stage_name((ifkv_stage)stage));
     printf(" %9s %8s\n", "MB moved", "error");
@@ -122,15 +140,24 @@ static void print_row(bench_report *report, const bench_row *row) {
                               !strcmp(row->exchange, row->method->method);
     snprintf(name, sizeof name, "%s%s%s", row->method->label, has_exchange ? "" : " ",
              has_exchange ? "" : row->exchange);
-    printf("  %7lld %-20s %-20s %8lld %9.2f %7.1f%% %7.2fx", (long long)row->n_token, name,
-           row->link ? row->link->name : "measured", (long long)row->n_selected, row->median_ms,
-           100 * (row->max_ms - row->min_ms) / row->median_ms, row->speedup);
+    printf("  %7lld %-20s %-20s %8lld %9.2f %7.1f%% %7.2fx %8.4g %7.1f%%", (long long)row->n_token,
+           name, row->link ? row->link->name : "measured", (long long)row->n_selected,
+           row->median_ms, 100 * (row->max_ms - row->min_ms) / row->median_ms, row->speedup,
+           tflops(row), 100 * floor_share(row));
     for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++) printf(" %9.2f", row->ms[stage]);
     printf(" %9.2f %8.1e\n", (double)row->bytes_total / 1e6, row->error);
     fflush(stdout);
 }
 
 /* ---- JSON ---- */
+
+static json_t *rates_object(const bench_rates *rates) {
+    return json_pack("{s:s, s:[f, f], s:[f, f], s:[f, f]}", "source", rates->source,
+                     "matmul_tflops", 1e-12 * rates->alone.matmul, 1e-12 * rates->shared.matmul,
+                     "attention_tflops", 1e-12 * rates->alone.attention,
+                     1e-12 * rates->shared.attention, "memory_gbytes_per_s",
+                     1e-9 * rates->alone.memory, 1e-9 * rates->shared.memory);
+}
 
 static json_t *stage_numbers(const double *value) {
     json_t *object = json_object();
@@ -157,6 +184,9 @@ static json_t *row_object(const bench_report *report, const bench_row *row) {
         (json_int_t)row->n_selected, "ratio", o->ratio ? o->ratio : "0.15", "ttft_ms",
         row->median_ms, "min_ms", row->min_ms, "max_ms", row->max_ms, "runs_ms", runs, "ms",
         stage_numbers(row->ms), "bytes", bytes, "speedup", row->speedup, "error", row->error);
+    json_object_set_new(object, "tflops", json_real(tflops(row)));
+    json_object_set_new(object, "floor_share", json_real(floor_share(row)));
+    json_object_set_new(object, "rates", rates_object(&report->rates));
     json_object_set_new(object, "model", json_string(o->model));
     json_object_set_new(object, "chunk", json_integer(o->chunk ? o->chunk : 2048));
     json_object_set_new(object, "date", json_string(report->date));
@@ -237,7 +267,11 @@ static ifkv_status write_columns(const bench_report *report, ifkv_h5 *file) {
             real[i * dim[1] + stage] = (float)report->row[i].ms[stage];
     IFKV_TRY_GOTO(status, ifkv_h5_dataset_write(file, "/stage_ms", IFKV_H5_F32, 2, dim, real), out);
     for (int64_t i = 0; i < n; i++) real[i] = (float)report->row[i].error;
-    status = ifkv_h5_dataset_write(file, "/error", IFKV_H5_F32, 1, dim, real);
+    IFKV_TRY_GOTO(status, ifkv_h5_dataset_write(file, "/error", IFKV_H5_F32, 1, dim, real), out);
+    for (int64_t i = 0; i < n; i++) real[i] = (float)tflops(&report->row[i]);
+    IFKV_TRY_GOTO(status, ifkv_h5_dataset_write(file, "/tflops", IFKV_H5_F32, 1, dim, real), out);
+    for (int64_t i = 0; i < n; i++) real[i] = (float)floor_share(&report->row[i]);
+    status = ifkv_h5_dataset_write(file, "/floor_share", IFKV_H5_F32, 1, dim, real);
 out:
     free(real);
     free(whole);
@@ -273,6 +307,7 @@ ifkv_status bench_report_finish(bench_report *report) {
     IFKV_TRY_GOTO(
         status,
         ifkv_h5_text_write(file, "time", report->options->project ? "projected" : "measured"), err);
+    IFKV_TRY_GOTO(status, ifkv_h5_text_write(file, "rates", report->rates.source), err);
     IFKV_TRY_GOTO(status, ifkv_h5_i64_write(file, "ranks", report->n_rank), err);
     IFKV_TRY_GOTO(status, write_labels(report, file), err);
     IFKV_TRY_GOTO(status, write_columns(report, file), err);

@@ -106,8 +106,10 @@ static const option table[] = {
     {"warm-up", KIND_COUNT, CLI_BENCH, AT(warm_up), 0, 64, "N", "1", "runs before them"},
     {"project", KIND_FLAG, CLI_BENCH, AT(project), 0, 0, NULL, NULL,
      "with --ranks P: the ranks take turns on one device; print what P devices would take"},
-    {"device", KIND_TEXT, CLI_SCALE, AT(device), 0, 0, "FILE", "configs/devices/h100_sxm.json",
-     "rates and memory that a plan assumes"},
+    {"device", KIND_TEXT, CLI_SCALE, AT(device), 0, 0, "FILE", NULL,
+     "rates and memory that a plan assumes (default: configs/devices/h100_sxm.json), and the "
+     "floors "
+     "of a bench (default: measured)"},
     {"links", KIND_TEXT, CLI_SCALE, AT(links), 0, 0, "FILE", "configs/links/nvlink4.json",
      "how fast devices reach each other, of a plan or a projection"},
     {"backend", KIND_TEXT, CLI_RANKS, AT(backend), 0, 0, "NAME", "auto",

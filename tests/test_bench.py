@@ -51,6 +51,72 @@ class Bench(unittest.TestCase):
                         self.assertGreater(row["error"], 1e-3, "15 % of random rows are not all rows")
                         self.assertEqual(row["selected"], int(0.15 * (row["tokens"] - 32)))
 
+    def device(self, matmul, attention):
+        path = os.path.join(self.dir, "device.json")
+        with open(path, "w") as f:
+            json.dump({"matmul_tflops": [matmul, matmul / 2], "attention_tflops": [attention, attention / 2],
+                       "memory_gbytes_per_s": 1e9, "passes_gbytes_per_s": 1, "memory_gbytes": 1}, f)
+        return path
+
+    def flop(self, tokens, ranks, ratio=None, loaded=False):
+        """Products and attention from the definition: 64-token chunks, every one but the first behind a copy of the prefix row;
+        of the context's last layer only K and V are computed, of S as much as all layers but one; the question is scored in layer 1."""
+        c, prompt = CONFIG, 32
+        context, layers = tokens - prompt, c["num_hidden_layers"]
+        q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
+        qkv = c["hidden_size"] * (q + 2 * kv)
+        layer = qkv + c["hidden_size"] * (q + 3 * c["intermediate_size"])
+        causal = [n * (n + 1) / 2 for n in range(tokens + 1)]
+        products, pairs = 0, 0  # of rows and parameters; of queries and keys, in all layers
+        if ratio is None:
+            products += context * ((layers - 1) * layer + c["hidden_size"] * 2 * kv)
+            pairs += causal[context] * (layers - 1)
+        else:
+            lengths = [min(64, context - 1 - begin) + 1 for begin in range(0, context - 1, 64)]
+            selected = int(ratio * context)
+            if not loaded:
+                products += sum(lengths) * ((layers - 1) * layer + c["hidden_size"] * 2 * kv)
+                pairs += sum(causal[n] for n in lengths) * (layers - 1)
+            products += ranks * prompt * (layer + qkv)  # scoring, through layer 1: the same rows on every rank
+            pairs += 2 * (prompt * context + ranks * causal[prompt])
+            products += selected * (layers - 1) * layer
+            pairs += selected * (context + lengths[0] + 1) / 2 * (layers - 1)  # evenly over the rows behind the first chunk
+        products += prompt * layers * layer + c["vocab_size"] * c["hidden_size"]
+        pairs += (prompt * context + causal[prompt]) * layers
+        return 2 * products, 4 * q * pairs
+
+    def test_work_and_floor_are_those_of_the_definition(self):
+        methods = ["full", "ring", "infoflow/delta", "infoflow/delta/warm"]
+        matmul, attention = 3e-3, 5e-3
+        common = ["--lengths", "471", "--methods", ",".join(methods), "--repeat", "1", "--score-layers", "1", "--device",
+                  self.device(matmul, attention)]
+        for n_rank, *more in ((1,), (3,), (3, "--project")):
+            ranks = ["--ranks", str(n_rank), *more]
+            exact, cold, warm = self.flop(471, n_rank), self.flop(471, n_rank, 0.15), self.flop(471, n_rank, 0.15, True)
+            works = dict(zip(methods, (exact, exact, cold, warm)))
+            rows = self.rows(*common, *ranks)
+            for row in rows:
+                with self.subTest(ranks=ranks, label=row["label"]):
+                    linear, attended = works[row["label"]]
+                    self.assertAlmostEqual(row["tflops"] * row["ttft_ms"] * 1e9, linear + attended, delta=1e-6 * linear)
+                    self.assertEqual(row["rates"]["source"], common[-1])
+                    floor = 1e3 * (linear / matmul + attended / attention) / 1e12  # ms on one device, which ranks share
+                    share = row["floor_share"] * row["ttft_ms"] / floor
+                    if "--project" in ranks and row["label"] != "full":  # a device each: a third, and what is not dealt evenly
+                        self.assertTrue(1 / 3 <= share < 0.6, share)
+                    else:
+                        self.assertAlmostEqual(share, 1, delta=1e-6)
+
+    def test_measured_rates_are_named_and_make_a_floor(self):
+        for more in ([], ["--ranks", "2"]):
+            for row in self.rows("--lengths", "300", "--methods", "full,infoflow", "--repeat", "1", *more):
+                rates = row["rates"]
+                self.assertEqual(rates["source"], "measured")
+                for alone, shared in (rates["matmul_tflops"], rates["attention_tflops"], rates["memory_gbytes_per_s"]):
+                    self.assertTrue(0 < shared <= alone, rates)
+                self.assertTrue(0 < row["floor_share"] < 1, "element-wise passes alone take longer in a model this narrow")
+        self.assertIn("of floor: share of the time that these rates would need, measured", self.bench("--lengths", "300").stdout)
+
     def test_ratio_one_has_no_error_and_warm_is_cold(self):
         cold, warm = self.rows("--lengths", "300", "--methods", "full,infoflow,infoflow/warm", "--ratio", "1", "--repeat", "1")[1:]
         self.assertLess(cold["error"], 2e-5)
@@ -90,10 +156,13 @@ class Bench(unittest.TestCase):
             for stored, row in zip(f["ttft_ms"][:], rows):
                 for a, b in zip(stored, row["runs_ms"]):
                     self.assertAlmostEqual(a, b, delta=1e-5 * b)
+            for name in ("tflops", "floor_share"):
+                for stored, row in zip(f[name][:], rows):
+                    self.assertAlmostEqual(stored, row[name], delta=1e-5 * row[name])
         self.assertIn("--overwrite", self.bench("--lengths", "200", "--out", out, code=73).stderr)
         python = os.path.join(ROOT, ".cache/venv/bin/python")
         subprocess.run([python, os.path.join(ROOT, "bench/plot.py"), out], check=True, timeout=120)
-        for name in ("ttft", "stages", "bytes"):
+        for name in ("ttft", "stages", "bytes", "share"):
             self.assertGreater(os.path.getsize(os.path.join(out, name + ".png")), 5000)
 
     def test_nonsense_is_refused_once(self):
