@@ -29,6 +29,10 @@ static ifkv_status read_rates(ifkv_engine *engine, const char *path, bool is_pro
 
 ifkv_status bench_rates_find(ifkv_engine *engine, const cli_options *options, bool is_projected,
                              bench_rates *rates) {
+    if (engine->backend->is_emulated) {
+        *rates = (bench_rates){.source = "none"};
+        return IFKV_OK;
+    }
     if (options->device) return read_rates(engine, options->device, is_projected, rates);
     rates->source = "measured";
     rates->shared = (ifkv_rates){.size = sizeof rates->shared};

@@ -22,6 +22,8 @@ STAGES = ["place", "encode", "score", "select", "recompute", "prompt"]
 def read_rows(path, link):
     with open(path) as f:
         rows = [json.loads(line) for line in f]
+    if not rows or {row["kind"] for row in rows} != {"prefill"} or any(row["time"] == "emulated" for row in rows):
+        raise SystemExit(f"plot: {path}: expected rows of `ifkv bench prefill`, from no emulated device")
     names = list(dict.fromkeys(row["link"]["name"] for row in rows if "link" in row))
     if names:
         link = link or next((name for name in names if "nominal" in name), names[0])

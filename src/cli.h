@@ -105,6 +105,7 @@ ifkv_status cli_links_read(const char *path, cli_link *link, int *n_p);
 typedef struct cli_device {
     ifkv_rates fast, slow; /* floors: without passes and links */
     double passes, memory_bytes;
+    double peak; /* FLOP/s that nothing exceeds; 0: not told */
 } cli_device;
 ifkv_status cli_device_read(const char *path, cli_device *device);
 

@@ -96,7 +96,10 @@ ifkv_status cli_device_read(const char *path, cli_device *d) {
                       out);
     }
     IFKV_TRY_GOTO(status, number(path, root, "passes_gbytes_per_s", 0, 1e9, &d->passes), out);
-    status = number(path, root, "memory_gbytes", 0, 1e9, &d->memory_bytes);
+    IFKV_TRY_GOTO(status, number(path, root, "memory_gbytes", 0, 1e9, &d->memory_bytes), out);
+    d->peak = 0;
+    if (json_object_get(root, "peak_tflops"))
+        status = number(path, root, "peak_tflops", 0, 1e12, &d->peak);
 out:
     json_decref(root);
     return status;
