@@ -134,6 +134,7 @@ static void attend(const attention *a, int64_t row, int head, oracle *o) {
     const int d = a->config->d_head, group = a->config->n_head / a->config->n_kv_head;
     const int64_t begin = a->span[row], end = a->span[a->n_row + row];
     const ifkv_dtype dtype = a->q.dtype;
+    const double scale = 1 / sqrt((double)d);
     double top = -INFINITY, total = 0;
     bench_elements(dtype, a->key, SPREAD, row * q_cols(a) + (int64_t)head * d, d, o->q);
     o->most = 0;
@@ -145,8 +146,8 @@ static void attend(const attention *a, int64_t row, int head, oracle *o) {
             sum += (double)o->q[i] * (double)o->kv[i];
             magnitude += fabs((double)o->q[i] * (double)o->kv[i]);
         }
-        o->score[key] = sum * (double)a->args.scale;
-        o->most = fmax(o->most, magnitude * (double)a->args.scale);
+        o->score[key] = sum * scale;
+        o->most = fmax(o->most, magnitude * scale);
         top = fmax(top, o->score[key]);
     }
     for (int64_t key = begin; key < end; key++) total += exp(o->score[key] - top);
@@ -239,7 +240,7 @@ static ifkv_status report(attention *a, double flop, double rate, double error,
              a->config->d_head, a->label, bench_cell(cell[0], 10, "%.4f", t->median_ms),
              bench_cell(cell[1], 10, "%.4f", t->min_ms),
              bench_cell(cell[2], 9, "%.4g", 1e-12 * rate),
-             bench_cell(cell[3], 8, "%.1f", 100 * share), error, (long long)check->n_wrong);
+             bench_cell(cell[3], 8, "%.2f", 100 * share), error, (long long)check->n_wrong);
     return bench_table_row(a->table, row, line);
 }
 

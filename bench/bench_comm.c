@@ -21,7 +21,6 @@ typedef struct movement {
     int rank, size;
     int64_t bytes;
     uint64_t key;          /* of this operation and size */
-    uint64_t round;        /* batches so far */
     void *memory;          /* owned, back-end memory: both of the next */
     char *send, *recv;     /* views [bytes] */
     char *host, *expected; /* owned, host memory [bytes] */
@@ -109,8 +108,7 @@ static void fill(uint64_t key, size_t bytes, char *to) {
 }
 
 static uint64_t stream_key(const movement *m, int from, int stream) {
-    return ifkv_random_u64(ifkv_random_u64(m->key, m->round),
-                           (uint64_t)from << 32 | (uint64_t)stream);
+    return ifkv_random_u64(m->key, (uint64_t)from << 32 | (uint64_t)stream);
 }
 
 typedef struct prepared {
@@ -150,7 +148,6 @@ static ifkv_status prepare(void *arg) {
     const prepared *p = arg;
     movement *m = p->m;
     ifkv_backend *backend = m->stand.backend;
-    m->round++;
     fill_expected(m, p->op);
     for (int64_t i = 0; i < m->bytes; i++)
         m->host[i] = (char)~m->expected[i]; /* no byte is right */

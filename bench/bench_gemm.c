@@ -116,7 +116,7 @@ static ifkv_status report(gemm *g, double flop, double rate, double error,
              (long long)g->shape.n_in, bench_cell(cell[0], 10, "%.4f", t->median_ms),
              bench_cell(cell[1], 10, "%.4f", t->min_ms),
              bench_cell(cell[2], 9, "%.4g", 1e-12 * rate),
-             bench_cell(cell[3], 8, "%.1f", 100 * share), error, (long long)check->n_wrong);
+             bench_cell(cell[3], 8, "%.2f", 100 * share), error, (long long)check->n_wrong);
     return bench_table_row(g->table, row, line);
 }
 
