@@ -30,6 +30,7 @@ typedef struct bench_run {
     int64_t length[BENCH_MAX_LENGTH];
     int n_length, n_method, n_repeat, n_link;
     cli_link link[CLI_MAX_LINK];
+    bench_rates rates;
     ifkv_timeline *timeline; /* owned by rank 0, shared by its threads; NULL: measured */
     bench_report *report;    /* rank 0 */
     bench_store *store;      /* of the case under way */
@@ -79,23 +80,6 @@ static ifkv_status parse_methods(bench_run *run) {
 
 static bool is_full(const bench_method *method) {
     return !strcmp(method->method, "full");
-}
-
-static ifkv_status parse_lengths(bench_run *run) {
-    const char *text = run->options->lengths ? run->options->lengths : "2048,4096,8192";
-    for (;; text++) {
-        char *end = NULL, shown[IFKV_QUOTE_BYTES];
-        const long long n = *text >= '0' && *text <= '9' ? strtoll(text, &end, 10) : 0;
-        IFKV_REQUIRE(n > PROMPT_TOKENS + 1 && n <= INT32_MAX && (*end == 0 || *end == ',') &&
-                         run->n_length < BENCH_MAX_LENGTH,
-                     IFKV_ERR_USAGE, IFKV_E_VALUE,
-                     "--lengths: got \"%s\", expected at most %d numbers of tokens above %d, "
-                     "with commas between them",
-                     ifkv_quote(text, strlen(text), shown), BENCH_MAX_LENGTH, PROMPT_TOKENS + 1);
-        run->length[run->n_length++] = n;
-        if (!*end) return IFKV_OK;
-        text = end;
-    }
 }
 
 /* Seeded ids of a length, in chunks behind a prefix of one id, the last of them the prompt. */
@@ -155,15 +139,16 @@ static void judge(bench_run *run, int i_method, const ifkv_result *result) {
     if (!(error <= row->error)) row->error = error; /* NaN counts as the worst */
 }
 
-static void file_result(measurement *of, const ifkv_result *result, int i_repeat) {
+static void file_result(measurement *of, const ifkv_result *result, int i_repeat, bool has_time) {
     bench_row *row = &of->row;
     snprintf(row->exchange, sizeof row->exchange, "%s", result->exchange);
     row->n_token = result->n_context + result->n_prompt;
     row->n_selected = result->n_selected;
     row->bytes_total = result->bytes_total;
     memcpy(row->bytes, result->bytes, sizeof row->bytes);
-    row->ttft_ms[i_repeat] = result->ttft_ms;
-    memcpy(of->stage[i_repeat], result->ms, sizeof result->ms);
+    row->ttft_ms[i_repeat] = has_time ? result->ttft_ms : NAN;
+    for (int stage = 0; stage < IFKV_N_STAGE; stage++)
+        of->stage[i_repeat][stage] = has_time ? result->ms[stage] : NAN;
 }
 
 /* i_repeat < 0: not measured. */
@@ -185,7 +170,11 @@ static ifkv_status run_once(bench_run *run, const ifkv_request *request, int i_m
     IFKV_TRY(status);
     IFKV_TRY_GOTO(status, ifkv_session_result(session, &result), out);
     judge(run, i_method, &result);
-    if (i_repeat >= 0) file_result(&run->of[i_method], &result, i_repeat);
+    if (i_repeat >= 0) {
+        bench_row *row = &run->of[i_method].row;
+        file_result(&run->of[i_method], &result, i_repeat, !run->engine->backend->is_emulated);
+        IFKV_TRY_GOTO(status, bench_cost(session, &run->rates, &row->flop, &row->floor_ms), out);
+    }
     for (int i = 0; i < run->n_link && is_recorded && status == IFKV_OK; i++)
         if (ifkv_comm_rank(run->comm) == 0)
             status = ifkv_timeline_project(run->timeline, &run->link[i].link,
@@ -223,7 +212,7 @@ static ifkv_status report_case(bench_run *run) {
             if (is_full(&run->method[i])) full_ms = row_of(run, &run->of[i], i_link).median_ms;
         for (int i = 0; i < run->n_method && status == IFKV_OK; i++) {
             bench_row row = row_of(run, &run->of[i], i_link);
-            row.speedup = full_ms > 0 ? full_ms / row.median_ms : 0;
+            row.speedup = full_ms > 0 || isnan(full_ms) ? full_ms / row.median_ms : 0;
             status = bench_report_row(run->report, &row);
         }
     }
@@ -292,11 +281,10 @@ static ifkv_status check_options(bench_run *run) {
     const cli_options *options = run->options;
     bool has_full = false;
     IFKV_REQUIRE(options->model, IFKV_ERR_USAGE, IFKV_E_ARGUMENT, "--model: got none; see --help");
-    IFKV_REQUIRE(options->repeat >= 1 && options->repeat <= BENCH_MAX_REPEAT, IFKV_ERR_USAGE,
-                 IFKV_E_VALUE, "--repeat: got %lld, expected 1 to %d", (long long)options->repeat,
-                 BENCH_MAX_REPEAT);
+    IFKV_TRY(bench_repeat_check(options));
     run->n_repeat = (int)options->repeat;
-    IFKV_TRY(parse_lengths(run));
+    IFKV_TRY(bench_lengths(options->lengths ? options->lengths : "2048,4096,8192",
+                           PROMPT_TOKENS + 2, run->length, &run->n_length));
     IFKV_TRY(parse_methods(run));
     for (int i = 0; i < run->n_method; i++) has_full = has_full || is_full(&run->method[i]);
     IFKV_REQUIRE(has_full, IFKV_ERR_USAGE, IFKV_E_VALUE,
@@ -332,9 +320,16 @@ static ifkv_status open_run(bench_run *run) {
     if (is_first) run->exact = malloc((size_t)run->info.n_vocab * sizeof *run->exact);
     if (!run->of || (is_first && !run->exact))
         status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "bench: out of memory");
-    if (status == IFKV_OK && is_first)
+    IFKV_TRY(ifkv_comm_agree(run->comm, status, NULL));
+    if (run->timeline && run->engine->backend->is_emulated)
+        status = IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_CONFLICT,
+                           "--project: got an emulated device, whose times mean nothing");
+    IFKV_TRY(ifkv_comm_agree(run->comm, status, NULL));
+    IFKV_TRY(bench_rates_find(run->engine, options, run->timeline != NULL, &run->rates));
+    if (is_first)
         status = bench_report_open(options, &run->info, ifkv_comm_name(run->comm),
-                                   ifkv_comm_size(run->comm), &run->report);
+                                   ifkv_comm_size(run->comm), &run->rates,
+                                   run->engine->backend->is_emulated, &run->report);
     return ifkv_comm_agree(run->comm, status, NULL);
 }
 

@@ -1,22 +1,20 @@
 /* Rows as a table, as JSON lines and as HDF5.  See bench.h. */
 #include <errno.h>
-#include <jansson.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "bench.h"
-#include "file.h"
 #include "h5.h"
 #include "status.h"
 
 struct bench_report {
     const cli_options *options;
     ifkv_model_info info;
+    bench_rates rates;
+    bool is_emulated;
     char date[32], comm[16];
     int n_rank;
     FILE *lines;     /* bench.jsonl, NULL without --out */
@@ -39,27 +37,6 @@ static bool is_published_shape(const ifkv_model_info *info) {
            info->d_ff == 17408;
 }
 
-static ifkv_status open_files(bench_report *report) {
-    const char *dir = report->options->out;
-    char lines[4096], shown[IFKV_QUOTE_BYTES];
-    if (!dir) return IFKV_OK;
-    ifkv_path_quote(dir, shown);
-    IFKV_REQUIRE(strlen(dir) + 16 < sizeof lines, IFKV_ERR_USAGE, IFKV_E_VALUE,
-                 "--out: %s is too long", shown);
-    IFKV_REQUIRE(mkdir(dir, 0777) == 0 || errno == EEXIST, IFKV_ERR_CANT_CREATE, IFKV_E_OUT_CREATE,
-                 "%s: %s", shown, strerror(errno));
-    snprintf(lines, sizeof lines, "%s/bench.jsonl", dir);
-    snprintf(report->path, sizeof report->path, "%s/bench.h5", dir);
-    if (report->options->overwrite) {
-        unlink(lines);
-        unlink(report->path);
-    }
-    report->lines = fopen(lines, "wxe");
-    IFKV_REQUIRE(report->lines, IFKV_ERR_CANT_CREATE, IFKV_E_OUT_CREATE,
-                 "%s/bench.jsonl: %s; --overwrite replaces it", shown, strerror(errno));
-    return IFKV_OK;
-}
-
 static void print_head(const bench_report *report) {
     const cli_options *o = report->options;
     printf("# ifkv bench prefill: %s, %d layers, %.2f B parameters%s\n", o->model,
@@ -70,6 +47,16 @@ static void print_head(const bench_report *report) {
            report->date, report->info.backend, report->comm, report->n_rank, report->info.n_thread,
            o->ratio ? o->ratio : "0.15", (long long)(o->chunk ? o->chunk : 2048),
            (long long)o->repeat);
+    const ifkv_rates *alone = &report->rates.alone, *shared = &report->rates.shared;
+    if (report->is_emulated) {
+        printf("# EMULATED device: errors mean something, times do not\n");
+        return;
+    }
+    printf(
+        "# of floor: share of the time that these rates would need, %s: products %.4g, attention "
+        "%.4g TFLOP/s of a rank alone, %.4g and %.4g of each while all work\n",
+        report->rates.source, 1e-12 * alone->matmul, 1e-12 * alone->attention,
+        1e-12 * shared->matmul, 1e-12 * shared->attention);
     if (o->project)
         printf("# PROJECTED: every rank's work was measured alone on one device and composed for "
                "%d of them; no row was measured as a whole\n",
@@ -77,7 +64,8 @@ static void print_head(const bench_report *report) {
 }
 
 ifkv_status bench_report_open(const cli_options *options, const ifkv_model_info *info,
-                              const char *comm, int n_rank, bench_report **report_p) {
+                              const char *comm, int n_rank, const bench_rates *rates,
+                              bool is_emulated, bench_report **report_p) {
     bench_report *report = calloc(1, sizeof *report);
     IFKV_REQUIRE(report, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "bench: out of memory");
     const time_t now = time(NULL);
@@ -85,9 +73,11 @@ ifkv_status bench_report_open(const cli_options *options, const ifkv_model_info 
     report->options = options;
     report->info = *info;
     report->n_rank = n_rank;
+    report->rates = *rates;
+    report->is_emulated = is_emulated;
     snprintf(report->comm, sizeof report->comm, "%s", comm);
     strftime(report->date, sizeof report->date, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&now, &utc));
-    const ifkv_status status = open_files(report);
+    const ifkv_status status = bench_files_open(options, &report->lines, report->path);
     if (status != IFKV_OK) {
         bench_report_close(report);
         return status;
@@ -95,6 +85,19 @@ ifkv_status bench_report_open(const cli_options *options, const ifkv_model_info 
     if (!options->json && !options->quiet) print_head(report);
     *report_p = report;
     return IFKV_OK;
+}
+
+/* Of all ranks together. */
+static double tflops(const bench_row *row) {
+    return 1e-9 * row->flop / row->median_ms;
+}
+
+static double floor_share(const bench_row *row) {
+    return row->floor_ms / row->median_ms;
+}
+
+static const char *time_is(const bench_report *report, const bench_row *row) {
+    return report->is_emulated ? "emulated" : row->link ? "projected" : "measured";
 }
 
 /* ---- the table ---- */
@@ -107,8 +110,8 @@ static void print_length(const bench_report *report, const bench_row *row) {
                        "(%.2fx over one GPU)\n",
                        (long long)row->n_token, published[i].single, published[i].ring,
                        published[i].infoflow, (double)published[i].single / published[i].infoflow);
-    printf("# %7s %-20s %-20s %8s %9s %8s %8s", "tokens", "method", "time is", "selected", "ttft",
-           "spread", "speed-up");
+    printf("# %7s %-20s %-20s %8s %9s %8s %8s %8s %8s", "tokens", "method", "time is", "selected",
+           "ttft", "spread", "speed-up", "TFLOP/s", "of floor");
     for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++)
         printf(" %9s", ifkv_stage_name((ifkv_stage)stage));
     printf(" %9s %8s\n", "MB moved", "error");
@@ -122,41 +125,60 @@ static void print_row(bench_report *report, const bench_row *row) {
                               !strcmp(row->exchange, row->method->method);
     snprintf(name, sizeof name, "%s%s%s", row->method->label, has_exchange ? "" : " ",
              has_exchange ? "" : row->exchange);
-    printf("  %7lld %-20s %-20s %8lld %9.2f %7.1f%% %7.2fx", (long long)row->n_token, name,
-           row->link ? row->link->name : "measured", (long long)row->n_selected, row->median_ms,
-           100 * (row->max_ms - row->min_ms) / row->median_ms, row->speedup);
-    for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++) printf(" %9.2f", row->ms[stage]);
+    char cell[6][32];
+    printf("  %7lld %-20s %-20s %8lld %s %s %s %s %s", (long long)row->n_token, name,
+           row->link ? row->link->name : time_is(report, row), (long long)row->n_selected,
+           bench_cell(cell[0], 9, "%.2f", row->median_ms),
+           bench_cell(cell[1], 8, "%.1f%%", 100 * (row->max_ms - row->min_ms) / row->median_ms),
+           bench_cell(cell[2], 8, "%.2fx", row->speedup),
+           bench_cell(cell[3], 8, "%.4g", tflops(row)),
+           bench_cell(cell[4], 8, "%.1f%%", 100 * floor_share(row)));
+    for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++)
+        printf(" %s", bench_cell(cell[5], 9, "%.2f", row->ms[stage]));
     printf(" %9.2f %8.1e\n", (double)row->bytes_total / 1e6, row->error);
     fflush(stdout);
 }
 
 /* ---- JSON ---- */
 
+static json_t *rates_object(const bench_rates *rates) {
+    return json_pack("{s:s, s:[f, f], s:[f, f], s:[f, f]}", "source", rates->source,
+                     "matmul_tflops", 1e-12 * rates->alone.matmul, 1e-12 * rates->shared.matmul,
+                     "attention_tflops", 1e-12 * rates->alone.attention,
+                     1e-12 * rates->shared.attention, "memory_gbytes_per_s",
+                     1e-9 * rates->alone.memory, 1e-9 * rates->shared.memory);
+}
+
 static json_t *stage_numbers(const double *value) {
     json_t *object = json_object();
     for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++)
-        json_object_set_new(object, ifkv_stage_name((ifkv_stage)stage), json_real(value[stage]));
+        json_object_set_new(object, ifkv_stage_name((ifkv_stage)stage), bench_real(value[stage]));
     return object;
 }
 
 static json_t *row_object(const bench_report *report, const bench_row *row) {
     const cli_options *o = report->options;
     json_t *runs = json_array(), *bytes = json_object();
-    for (int i = 0; i < row->n_repeat; i++) json_array_append_new(runs, json_real(row->ttft_ms[i]));
+    for (int i = 0; i < row->n_repeat; i++)
+        json_array_append_new(runs, bench_real(row->ttft_ms[i]));
     for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++)
         json_object_set_new(bytes, ifkv_stage_name((ifkv_stage)stage),
                             json_integer(row->bytes[stage]));
     json_object_set_new(bytes, "total", json_integer(row->bytes_total));
     json_t *object = json_pack(
-        "{s:s, s:s, s:b, s:s, s:s, s:s, s:i, s:i, s:s, s:I, s:I, s:s, s:f, s:f, s:f, s:o, s:o, "
-        "s:o, s:f, s:f}",
-        "kind", "prefill", "time", row->link ? "projected" : "measured", "warm",
-        row->method->is_warm, "method", row->method->method, "label", row->method->label,
-        "exchange", row->exchange, "ranks", row->n_rank, "threads", report->info.n_thread,
-        "backend", report->info.backend, "tokens", (json_int_t)row->n_token, "selected",
-        (json_int_t)row->n_selected, "ratio", o->ratio ? o->ratio : "0.15", "ttft_ms",
-        row->median_ms, "min_ms", row->min_ms, "max_ms", row->max_ms, "runs_ms", runs, "ms",
-        stage_numbers(row->ms), "bytes", bytes, "speedup", row->speedup, "error", row->error);
+        "{s:s, s:s, s:b, s:s, s:s, s:s, s:i, s:i, s:s, s:I, s:I, s:s, s:o, s:o, s:o, s:o, s:o, "
+        "s:o, s:o, s:f}",
+        "kind", "prefill", "time", time_is(report, row), "warm", row->method->is_warm, "method",
+        row->method->method, "label", row->method->label, "exchange", row->exchange, "ranks",
+        row->n_rank, "threads", report->info.n_thread, "backend", report->info.backend, "tokens",
+        (json_int_t)row->n_token, "selected", (json_int_t)row->n_selected, "ratio",
+        o->ratio ? o->ratio : "0.15", "ttft_ms", bench_real(row->median_ms), "min_ms",
+        bench_real(row->min_ms), "max_ms", bench_real(row->max_ms), "runs_ms", runs, "ms",
+        stage_numbers(row->ms), "bytes", bytes, "speedup", bench_real(row->speedup), "error",
+        row->error);
+    json_object_set_new(object, "tflops", bench_real(tflops(row)));
+    json_object_set_new(object, "floor_share", bench_real(floor_share(row)));
+    json_object_set_new(object, "rates", rates_object(&report->rates));
     json_object_set_new(object, "model", json_string(o->model));
     json_object_set_new(object, "chunk", json_integer(o->chunk ? o->chunk : 2048));
     json_object_set_new(object, "date", json_string(report->date));
@@ -184,7 +206,8 @@ static ifkv_status keep_row(bench_report *report, const bench_row *row) {
     const size_t bytes = 3 * BENCH_NAME_BYTES;
     char *label = malloc(bytes);
     IFKV_REQUIRE(label, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "bench: out of memory");
-    snprintf(label, bytes, "%s, %s", row->method->label, row->link ? row->link->name : "measured");
+    snprintf(label, bytes, "%s, %s", row->method->label,
+             row->link ? row->link->name : time_is(report, row));
     report->row[report->n] = *row;
     report->label[report->n++] = label;
     return IFKV_OK;
@@ -237,7 +260,11 @@ static ifkv_status write_columns(const bench_report *report, ifkv_h5 *file) {
             real[i * dim[1] + stage] = (float)report->row[i].ms[stage];
     IFKV_TRY_GOTO(status, ifkv_h5_dataset_write(file, "/stage_ms", IFKV_H5_F32, 2, dim, real), out);
     for (int64_t i = 0; i < n; i++) real[i] = (float)report->row[i].error;
-    status = ifkv_h5_dataset_write(file, "/error", IFKV_H5_F32, 1, dim, real);
+    IFKV_TRY_GOTO(status, ifkv_h5_dataset_write(file, "/error", IFKV_H5_F32, 1, dim, real), out);
+    for (int64_t i = 0; i < n; i++) real[i] = (float)tflops(&report->row[i]);
+    IFKV_TRY_GOTO(status, ifkv_h5_dataset_write(file, "/tflops", IFKV_H5_F32, 1, dim, real), out);
+    for (int64_t i = 0; i < n; i++) real[i] = (float)floor_share(&report->row[i]);
+    status = ifkv_h5_dataset_write(file, "/floor_share", IFKV_H5_F32, 1, dim, real);
 out:
     free(real);
     free(whole);
@@ -270,9 +297,13 @@ ifkv_status bench_report_finish(bench_report *report) {
     IFKV_TRY_GOTO(status, ifkv_h5_text_write(file, "date", report->date), err);
     IFKV_TRY_GOTO(status, ifkv_h5_text_write(file, "model", report->options->model), err);
     IFKV_TRY_GOTO(status, ifkv_h5_text_write(file, "backend", report->info.backend), err);
-    IFKV_TRY_GOTO(
-        status,
-        ifkv_h5_text_write(file, "time", report->options->project ? "projected" : "measured"), err);
+    IFKV_TRY_GOTO(status,
+                  ifkv_h5_text_write(file, "time",
+                                     report->is_emulated        ? "emulated"
+                                     : report->options->project ? "projected"
+                                                                : "measured"),
+                  err);
+    IFKV_TRY_GOTO(status, ifkv_h5_text_write(file, "rates", report->rates.source), err);
     IFKV_TRY_GOTO(status, ifkv_h5_i64_write(file, "ranks", report->n_rank), err);
     IFKV_TRY_GOTO(status, write_labels(report, file), err);
     IFKV_TRY_GOTO(status, write_columns(report, file), err);

@@ -4,7 +4,7 @@
     bench/plot.py OUT [--link NAME]
 
 ttft.png: time to first token and speed-up over `full` against length, the spread of the runs as bars; stages.png: where the time goes,
-for the longest length; bytes.png: what the ranks receive.  Projected rows are drawn dashed and say so; of several links one is drawn
+for the longest length; bytes.png: what the ranks receive; share.png: TFLOP/s, and the share of the floor.  Projected rows are drawn dashed and say so; of several links one is drawn
 (--link, default the first whose name holds "nominal", else the first).
 """
 import argparse
@@ -22,6 +22,8 @@ STAGES = ["place", "encode", "score", "select", "recompute", "prompt"]
 def read_rows(path, link):
     with open(path) as f:
         rows = [json.loads(line) for line in f]
+    if not rows or {row["kind"] for row in rows} != {"prefill"} or any(row["time"] == "emulated" for row in rows):
+        raise SystemExit(f"plot: {path}: expected rows of `ifkv bench prefill`, from no emulated device")
     names = list(dict.fromkeys(row["link"]["name"] for row in rows if "link" in row))
     if names:
         link = link or next((name for name in names if "nominal" in name), names[0])
@@ -92,6 +94,24 @@ def draw_bytes(rows, link, path):
     finish(figure, rows, link, path)
 
 
+def draw_share(rows, link, path):
+    figure, (work, share) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for name in dict.fromkeys(map(name_of, rows)):
+        own = sorted((row for row in rows if name_of(row) == name), key=lambda row: row["tokens"])
+        tokens = [row["tokens"] for row in own]
+        style = {"marker": "o", "linestyle": "--" if link else "-", "label": name}
+        work.plot(tokens, [row["tflops"] for row in own], **style)
+        share.plot(tokens, [100 * row["floor_share"] for row in own], **style)
+    for axes, label in ((work, "TFLOP/s, all ranks"), (share, f"% of the floor, rates {rows[0]['rates']['source']}")):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    work.legend(fontsize=8)
+    finish(figure, rows, link, path)
+
+
 def finish(figure, rows, link, path):
     figure.suptitle(title_of(rows, link), fontsize=10)
     figure.tight_layout()
@@ -105,7 +125,7 @@ def main():
     parser.add_argument("--link", help="of projected rows")
     args = parser.parse_args()
     rows, link = read_rows(os.path.join(args.out, "bench.jsonl"), args.link)
-    for name, draw in (("ttft", draw_times), ("stages", draw_stages), ("bytes", draw_bytes)):
+    for name, draw in (("ttft", draw_times), ("stages", draw_stages), ("bytes", draw_bytes), ("share", draw_share)):
         draw(rows, link, os.path.join(args.out, name + ".png"))
 
 

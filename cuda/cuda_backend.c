@@ -341,6 +341,9 @@ static ifkv_status describe_device(cuda_backend *cuda) {
     cuda->base.memory_bytes = device.totalGlobalMem;
     cuda->base.unit = unit_of(&device);
     snprintf(cuda->base.device, sizeof cuda->base.device, "%s", device.name);
+#ifdef IFKV_EMU
+    cuda->base.is_emulated = true;
+#endif
     IFKV_REQUIRE(cuda->context.arch >= LEAST_ARCH, IFKV_ERR_RESOURCE, IFKV_E_BACKEND,
                  "back end cuda: %s has compute capability %d.%d, expected %d.%d or later",
                  device.name, device.major, device.minor, LEAST_ARCH / 10, LEAST_ARCH % 10);

@@ -4,7 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cost.h"
 #include "digest.h"
 
 enum { SINGLE = 4, DOUBLE = 8 }; /* bytes of a number of a part, see exchange_query.c, backend.h */
@@ -52,18 +51,18 @@ ifkv_status ifkv_auto_plan(const ifkv_engine *engine, const ifkv_request *reques
     return IFKV_OK;
 }
 
-/* Milliseconds to the first token of a session that has been planned. */
-static double estimate(const ifkv_session *session, const bool *is_loaded) {
+void ifkv_session_cost(const ifkv_session *session, const bool *is_loaded, ifkv_cost_model *model,
+                       ifkv_cost_plan *plan, ifkv_cost_way *way_p) {
     const ifkv_engine *engine = session->engine;
     const ifkv_backend_ops *ops = engine->backend->ops;
-    const ifkv_cost_model model = {
+    *model = (ifkv_cost_model){
         .config = &engine->model.config,
         .element_bytes = (double)ifkv_dtype_bytes(ops->dtype),
         .part_bytes = SINGLE,
         .score_part_bytes = ops->part_dtype == IFKV_DTYPE_F64 ? DOUBLE : SINGLE,
     };
-    const ifkv_select_input *input = session->scores ? &session->selector->input : NULL;
-    const ifkv_cost_plan plan = {
+    const ifkv_select_input *input = *session->score_layers ? &session->selector->input : NULL;
+    *plan = (ifkv_cost_plan){
         .placement = &session->placement,
         .n_selected = session->n_selected,
         .n_question = session->n_question,
@@ -73,9 +72,17 @@ static double estimate(const ifkv_session *session, const bool *is_loaded) {
         .has_riders = ops->joins_riders && session->rides[IFKV_STAGE_PROMPT],
     };
     const bool is_full = !strcmp(session->method, "full");
-    ifkv_cost_way way = IFKV_COST_EXACT;
-    ifkv_cost_way_find(is_full ? "full" : session->exchange_name, &way);
-    return 1e3 * ifkv_cost_time(&model, &plan, way, &engine->rates, NULL);
+    *way_p = IFKV_COST_EXACT;
+    ifkv_cost_way_find(is_full ? "full" : session->exchange_name, way_p);
+}
+
+/* Milliseconds to the first token of a session that has been planned. */
+static double estimate(const ifkv_session *session, const bool *is_loaded) {
+    ifkv_cost_model model;
+    ifkv_cost_plan plan;
+    ifkv_cost_way way;
+    ifkv_session_cost(session, is_loaded, &model, &plan, &way);
+    return 1e3 * ifkv_cost_time(&model, &plan, way, &session->engine->rates, NULL);
 }
 
 /* What any rank's store holds of its chunks, on every rank. */

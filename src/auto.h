@@ -6,6 +6,7 @@
 #ifndef IFKV_SRC_AUTO_H
 #define IFKV_SRC_AUTO_H
 
+#include "cost.h"
 #include "session.h"
 
 typedef struct ifkv_auto_choice {
@@ -18,6 +19,10 @@ bool ifkv_auto_is_asked(const ifkv_prefill_options *options);
 /* Bytes of arena that either method needs.  Local. */
 ifkv_status ifkv_auto_plan(const ifkv_engine *engine, const ifkv_request *request,
                            const ifkv_prefill_options *options, size_t *bytes_p);
+/* What a session that has been planned does, for cost.h; is_loaded [chunks of the placement] is
+ * borrowed, and so is what the session owns.  Local. */
+void ifkv_session_cost(const ifkv_session *session, const bool *is_loaded, ifkv_cost_model *model,
+                       ifkv_cost_plan *plan, ifkv_cost_way *way_p);
 /* Estimate both and choose; the engine's rates have been measured.  Collective. */
 ifkv_status ifkv_auto_choose(ifkv_engine *engine, const ifkv_request *request,
                              const ifkv_prefill_options *options, ifkv_auto_choice *choice);

@@ -179,6 +179,7 @@ struct ifkv_backend {
      * for it, and returns when that work is done or has failed. */
     ifkv_status (*before_wait)(void *arg);
     void *before_wait_arg;
+    bool is_emulated; /* a host model of a device, for tests: its times mean nothing */
     bool is_lost; /* set by a communicator: the stream will never end, close must not wait for it */
 };
 

@@ -101,6 +101,14 @@ typedef struct cli_link {
 } cli_link;
 ifkv_status cli_links_read(const char *path, cli_link *link, int *n_p);
 
+/* What a device is assumed to do, as configs/devices/ has it. */
+typedef struct cli_device {
+    ifkv_rates fast, slow; /* floors: without passes and links */
+    double passes, memory_bytes;
+    double peak; /* FLOP/s that nothing exceeds; 0: not told */
+} cli_device;
+ifkv_status cli_device_read(const char *path, cli_device *device);
+
 /* Let USR1, TERM, INT and HUP ask for a stop (faults 5.7): USR1, which Slurm sends before the time
  * limit, gives the request under way 25 s to reach the end of a stage, the others 1 s, as mpirun
  * kills 2 s after TERM; at the deadline, or at a second signal, the process ends with 75.  That is

@@ -17,11 +17,6 @@
 
 enum { N_QUESTION = 20, N_PROMPT = 32, BF16_BYTES = 2, DEFAULT_CHUNK = 2048, MAX_RANK = 1024 };
 
-typedef struct device {
-    ifkv_rates fast, slow; /* floors: without passes and links */
-    double passes, memory_bytes;
-} device;
-
 typedef struct way {
     const char *name;
     ifkv_cost_way way;
@@ -57,7 +52,7 @@ typedef struct answer {
 typedef struct plan_run {
     const cli_options *options;
     ifkv_config config;
-    device device;
+    cli_device device;
     ifkv_rates link; /* link and message_s only */
     int n_rank;
     int64_t chunk, num, den; /* ratio */
@@ -88,7 +83,7 @@ static ifkv_status number(const char *path, const json_t *root, const char *name
     return IFKV_OK;
 }
 
-static ifkv_status read_device(const char *path, device *d) {
+ifkv_status cli_device_read(const char *path, cli_device *d) {
     json_t *root = NULL;
     ifkv_status status;
     IFKV_TRY(read_json(path, &root));
@@ -101,7 +96,10 @@ static ifkv_status read_device(const char *path, device *d) {
                       out);
     }
     IFKV_TRY_GOTO(status, number(path, root, "passes_gbytes_per_s", 0, 1e9, &d->passes), out);
-    status = number(path, root, "memory_gbytes", 0, 1e9, &d->memory_bytes);
+    IFKV_TRY_GOTO(status, number(path, root, "memory_gbytes", 0, 1e9, &d->memory_bytes), out);
+    d->peak = 0;
+    if (json_object_get(root, "peak_tflops"))
+        status = number(path, root, "peak_tflops", 0, 1e12, &d->peak);
 out:
     json_decref(root);
     return status;
@@ -337,8 +335,8 @@ ifkv_status cli_plan(ifkv_comm *comm, const cli_options *options) {
     IFKV_REQUIRE(options->model, IFKV_ERR_USAGE, IFKV_E_ARGUMENT, "--model: got none; see --help");
     IFKV_TRY(ifkv_config_load(options->model, &run.config));
     IFKV_TRY(ifkv_ratio_parse(options->ratio ? options->ratio : "0.15", &run.num, &run.den));
-    IFKV_TRY(read_device(options->device ? options->device : "configs/devices/h100_sxm.json",
-                         &run.device));
+    IFKV_TRY(cli_device_read(options->device ? options->device : "configs/devices/h100_sxm.json",
+                             &run.device));
     IFKV_TRY(read_link(options->links ? options->links : "configs/links/nvlink4.json", &run.link));
     if (!options->json) print_head(&run);
     for (;;) {

@@ -30,6 +30,10 @@ struct ifkv_engine {
  * apart.  Local. */
 ifkv_status ifkv_engine_identify(ifkv_engine *engine);
 
+/* The rates of rank 0 while the others wait, as they do beside method `full`; no link.  Not kept.
+ * Collective. */
+ifkv_status ifkv_engine_measure_alone(ifkv_engine *engine, ifkv_rates *rates);
+
 /* Copy a caller's options struct of its own size into ours: what it does not know is zero.  Errors:
  * USAGE if it is NULL or larger than ours. */
 ifkv_status ifkv_struct_read(void *to, size_t to_size, const void *from, const char *name);

@@ -189,7 +189,8 @@ static ifkv_status agree_on(ifkv_comm *comm, ifkv_rates *rates) {
     return IFKV_OK;
 }
 
-static ifkv_status measure(ifkv_engine *engine) {
+/* Of all ranks at once, or of rank 0 alone, which then tells the others. */
+static ifkv_status measure(ifkv_engine *engine, bool is_alone, ifkv_rates *rates_p) {
     const ifkv_config *c = &engine->model.config;
     const double row =
         2.0 * c->d_model * (((double)c->n_head + 2 * c->n_kv_head) * c->d_head + 2.0 * c->d_ff);
@@ -206,20 +207,28 @@ static ifkv_status measure(ifkv_engine *engine) {
     IFKV_TRY_GOTO(status, ifkv_comm_agree(engine->comm, status, NULL), out);
     arena = (ifkv_arena){.base = base};
     layout(&b, &arena);
-    status = measure_arithmetic(&b, &rates);
+    if (!is_alone || engine->comm->rank == 0) status = measure_arithmetic(&b, &rates);
     IFKV_TRY_GOTO(status, ifkv_comm_agree(engine->comm, status, NULL), out);
-    IFKV_TRY_GOTO(status, measure_messages(engine, &rates), out);
-    IFKV_TRY_GOTO(status, agree_on(engine->comm, &rates), out);
-    engine->rates = rates;
-    engine->has_rates = true;
+    if (is_alone) {
+        IFKV_TRY_GOTO(status, ifkv_comm_bcast(engine->comm, &rates, sizeof rates, 0), out);
+    } else {
+        IFKV_TRY_GOTO(status, measure_messages(engine, &rates), out);
+        IFKV_TRY_GOTO(status, agree_on(engine->comm, &rates), out);
+    }
+    *rates_p = rates;
 out:
     if (base) engine->backend->ops->free(engine->backend, base);
     return status;
 }
 
+ifkv_status ifkv_engine_measure_alone(ifkv_engine *engine, ifkv_rates *rates) {
+    return measure(engine, true, rates);
+}
+
 ifkv_status ifkv_engine_measure(ifkv_engine *engine, ifkv_rates *rates) {
     IFKV_REQUIRE(engine && engine->model.base, IFKV_ERR_USAGE, IFKV_E_STATE,
                  "engine_measure: got no engine with weights");
-    if (!engine->has_rates) IFKV_TRY(measure(engine));
+    if (!engine->has_rates) IFKV_TRY(measure(engine, false, &engine->rates));
+    engine->has_rates = true;
     return ifkv_struct_write(rates, &engine->rates, sizeof engine->rates, "rates");
 }

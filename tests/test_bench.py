@@ -1,4 +1,4 @@
-"""`ifkv bench prefill` and `ifkv plan` from outside: what their rows promise, and the plots."""
+"""`ifkv bench` and `ifkv plan` from outside: what their rows promise, and the plots."""
 import json
 import os
 import subprocess
@@ -9,6 +9,7 @@ import h5py
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BIN = os.environ.get("IFKV_BIN", os.path.join(ROOT, "build", "ifkv"))
+EMU_BIN = os.environ.get("IFKV_EMU_BIN", "")
 CONFIG = {
     "model_type": "llama", "hidden_act": "silu", "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
     "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 97, "rms_norm_eps": 1e-5,
@@ -51,6 +52,72 @@ class Bench(unittest.TestCase):
                         self.assertGreater(row["error"], 1e-3, "15 % of random rows are not all rows")
                         self.assertEqual(row["selected"], int(0.15 * (row["tokens"] - 32)))
 
+    def device(self, matmul, attention):
+        path = os.path.join(self.dir, "device.json")
+        with open(path, "w") as f:
+            json.dump({"matmul_tflops": [matmul, matmul / 2], "attention_tflops": [attention, attention / 2],
+                       "memory_gbytes_per_s": 1e9, "passes_gbytes_per_s": 1, "memory_gbytes": 1}, f)
+        return path
+
+    def flop(self, tokens, ranks, ratio=None, loaded=False):
+        """Products and attention from the definition: 64-token chunks, every one but the first behind a copy of the prefix row;
+        of the context's last layer only K and V are computed, of S as much as all layers but one; the question is scored in layer 1."""
+        c, prompt = CONFIG, 32
+        context, layers = tokens - prompt, c["num_hidden_layers"]
+        q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
+        qkv = c["hidden_size"] * (q + 2 * kv)
+        layer = qkv + c["hidden_size"] * (q + 3 * c["intermediate_size"])
+        causal = [n * (n + 1) / 2 for n in range(tokens + 1)]
+        products, pairs = 0, 0  # of rows and parameters; of queries and keys, in all layers
+        if ratio is None:
+            products += context * ((layers - 1) * layer + c["hidden_size"] * 2 * kv)
+            pairs += causal[context] * (layers - 1)
+        else:
+            lengths = [min(64, context - 1 - begin) + 1 for begin in range(0, context - 1, 64)]
+            selected = int(ratio * context)
+            if not loaded:
+                products += sum(lengths) * ((layers - 1) * layer + c["hidden_size"] * 2 * kv)
+                pairs += sum(causal[n] for n in lengths) * (layers - 1)
+            products += ranks * prompt * (layer + qkv)  # scoring, through layer 1: the same rows on every rank
+            pairs += 2 * (prompt * context + ranks * causal[prompt])
+            products += selected * (layers - 1) * layer
+            pairs += selected * (context + lengths[0] + 1) / 2 * (layers - 1)  # evenly over the rows behind the first chunk
+        products += prompt * layers * layer + c["vocab_size"] * c["hidden_size"]
+        pairs += (prompt * context + causal[prompt]) * layers
+        return 2 * products, 4 * q * pairs
+
+    def test_work_and_floor_are_those_of_the_definition(self):
+        methods = ["full", "ring", "infoflow/delta", "infoflow/delta/warm"]
+        matmul, attention = 3e-3, 5e-3
+        common = ["--lengths", "471", "--methods", ",".join(methods), "--repeat", "1", "--score-layers", "1", "--device",
+                  self.device(matmul, attention)]
+        for n_rank, *more in ((1,), (3,), (3, "--project")):
+            ranks = ["--ranks", str(n_rank), *more]
+            exact, cold, warm = self.flop(471, n_rank), self.flop(471, n_rank, 0.15), self.flop(471, n_rank, 0.15, True)
+            works = dict(zip(methods, (exact, exact, cold, warm)))
+            rows = self.rows(*common, *ranks)
+            for row in rows:
+                with self.subTest(ranks=ranks, label=row["label"]):
+                    linear, attended = works[row["label"]]
+                    self.assertAlmostEqual(row["tflops"] * row["ttft_ms"] * 1e9, linear + attended, delta=1e-6 * linear)
+                    self.assertEqual(row["rates"]["source"], common[-1])
+                    floor = 1e3 * (linear / matmul + attended / attention) / 1e12  # ms on one device, which ranks share
+                    share = row["floor_share"] * row["ttft_ms"] / floor
+                    if "--project" in ranks and row["label"] != "full":  # a device each: a third, and what is not dealt evenly
+                        self.assertTrue(1 / 3 <= share < 0.6, share)
+                    else:
+                        self.assertAlmostEqual(share, 1, delta=1e-6)
+
+    def test_measured_rates_are_named_and_make_a_floor(self):
+        for more in ([], ["--ranks", "2"]):
+            for row in self.rows("--lengths", "300", "--methods", "full,infoflow", "--repeat", "1", *more):
+                rates = row["rates"]
+                self.assertEqual(rates["source"], "measured")
+                for alone, shared in (rates["matmul_tflops"], rates["attention_tflops"], rates["memory_gbytes_per_s"]):
+                    self.assertTrue(0 < shared <= alone, rates)
+                self.assertTrue(0 < row["floor_share"] < 1, "element-wise passes alone take longer in a model this narrow")
+        self.assertIn("of floor: share of the time that these rates would need, measured", self.bench("--lengths", "300").stdout)
+
     def test_ratio_one_has_no_error_and_warm_is_cold(self):
         cold, warm = self.rows("--lengths", "300", "--methods", "full,infoflow,infoflow/warm", "--ratio", "1", "--repeat", "1")[1:]
         self.assertLess(cold["error"], 2e-5)
@@ -90,10 +157,13 @@ class Bench(unittest.TestCase):
             for stored, row in zip(f["ttft_ms"][:], rows):
                 for a, b in zip(stored, row["runs_ms"]):
                     self.assertAlmostEqual(a, b, delta=1e-5 * b)
+            for name in ("tflops", "floor_share"):
+                for stored, row in zip(f[name][:], rows):
+                    self.assertAlmostEqual(stored, row[name], delta=1e-5 * row[name])
         self.assertIn("--overwrite", self.bench("--lengths", "200", "--out", out, code=73).stderr)
         python = os.path.join(ROOT, ".cache/venv/bin/python")
         subprocess.run([python, os.path.join(ROOT, "bench/plot.py"), out], check=True, timeout=120)
-        for name in ("ttft", "stages", "bytes"):
+        for name in ("ttft", "stages", "bytes", "share"):
             self.assertGreater(os.path.getsize(os.path.join(out, name + ".png")), 5000)
 
     def test_nonsense_is_refused_once(self):
@@ -105,6 +175,169 @@ class Bench(unittest.TestCase):
 
     def test_published_times_stand_beside_the_published_shape_only(self):
         self.assertNotIn("published", self.bench("--lengths", "300", "--methods", "full").stdout)
+
+
+class Operations(unittest.TestCase):
+    """attention, gemm and comm, on the CPU and on the emulated device."""
+
+    @classmethod
+    def setUpClass(cls):
+        if not EMU_BIN:
+            print("SKIP: the emulated device's half of these tests, IFKV_EMU_BIN is not set")
+
+    def setUp(self):
+        self.temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(self.temporary.cleanup)
+        self.dir = self.temporary.name
+        with open(os.path.join(self.dir, "config.json"), "w") as f:
+            json.dump(CONFIG, f)
+
+    def bench(self, kind, *args, program=BIN, mpi=0, code=0, **environment):
+        command = (["mpirun", "-n", str(mpi)] if mpi else []) + [program, "bench", kind, *args]
+        if kind in ("attention", "gemm"):
+            command += ["--model", self.dir]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+        self.assertEqual(done.returncode, code, done.stderr)
+        return done
+
+    def rows(self, *args, **more):
+        rows = [json.loads(line) for line in self.bench(*args, "--json", **more).stdout.splitlines()]
+        for row in rows:
+            self.assertEqual(row["wrong"], 0, row)
+            self.assertGreater(row["checked"], 0, row)
+        return rows
+
+    def places(self):
+        """What to run it on: arguments, and what is expected of every row."""
+        yield ["--backend", "cpu", "--threads", "1"], {}, "measured"
+        yield ["--backend", "cpu", "--ranks", "2", "--threads", "1"], {}, "measured"
+        if EMU_BIN:
+            yield ["--backend", "cuda"], {"program": EMU_BIN}, "emulated"
+
+    def assert_times(self, row, time):
+        self.assertEqual(row["time"], time)
+        if time == "emulated":
+            self.assertEqual((row["time_ms"], row["min_ms"], row["tflops"]), (None, None, None))
+            # bfloat16 results: half a unit in the last place of the largest, in root mean squares
+            self.assertTrue(1e-4 < row["error"] < 5 * 2**-8, row)
+        else:
+            self.assertTrue(0 < row["min_ms"] <= row["time_ms"], row)
+            self.assertAlmostEqual(row["tflops"] * row["time_ms"] * 1e9, row["flop"], delta=1e-6 * row["flop"])
+            self.assertTrue(0 < row["error"] < 2e-5, row)
+
+    def test_gemm_has_the_products_of_the_model(self):
+        c, lengths = CONFIG, (1, 37, 130)
+        q, kv, d = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"], c["hidden_size"]
+        shapes = [("qkv", q + 2 * kv, d), ("o", d, q), ("gate-up", 2 * c["intermediate_size"], d), ("down", d, c["intermediate_size"])]
+        want = [(n, *shape) for n in lengths for shape in shapes] + [(1, "logits", c["vocab_size"], d)]
+        for args, more, time in self.places():
+            rows = self.rows("gemm", *args, "--lengths", ",".join(map(str, lengths)), **more)
+            self.assertEqual([(r["tokens"], r["label"], r["n_out"], r["n_in"]) for r in rows], want)
+            for row in rows:
+                with self.subTest(args=args, row=row):
+                    self.assertEqual(row["flop"], 2 * row["tokens"] * row["n_out"] * row["n_in"])
+                    if row["label"] != "logits":  # which are float32
+                        self.assert_times(row, time)
+
+    def test_attention_has_the_spans_of_a_prefill(self):
+        q, n, chunk = CONFIG["num_attention_heads"] * CONFIG["head_dim"], 157, 64
+        causal = n * (n + 1) / 2
+        pairs = {"causal": causal, "full": n * n, "chunk 64": sum(m * (m + 1) / 2 for m in (64, 64, 29))}
+        for args, more, time in self.places():
+            rows = self.rows("attention", *args, "--lengths", str(n), "--chunk", str(chunk), **more)
+            self.assertEqual([(r["label"], r["rows"]) for r in rows],
+                             [("causal", n), ("full", n), ("chunk 64", n), ("selected 0.15", int(0.15 * n))])
+            for row in rows:
+                with self.subTest(args=args, row=row):
+                    self.assert_times(row, time)
+                    if row["label"] in pairs:
+                        self.assertEqual(row["flop"], 4 * q * pairs[row["label"]])
+                    else:  # a row in each of 23 equal parts
+                        self.assertAlmostEqual(row["flop"], 4 * q * 0.15 * causal, delta=4 * q * n)
+
+    def test_movements_bring_every_byte(self):
+        sizes, operations = (1, 1000, 70001), ("bcast", "all_gather", "all_to_all", "shift")
+        cases = [(["--ranks", "1"], {}, 1), (["--ranks", "3"], {}, 3), ([], {"mpi": 2}, 2)]
+        if EMU_BIN:
+            cases += [(["--backend", "cuda", "--ranks", "3"], {"program": EMU_BIN}, 3),
+                      (["--backend", "cuda", "--comm", "nccl"], {"program": EMU_BIN, "mpi": 3, "IFKV_EMU_DEVICES": "3"}, 3)]
+        for args, more, ranks in cases:
+            rows = self.rows("comm", *args, "--lengths", ",".join(map(str, sizes)), **more)
+            self.assertEqual([(r["bytes"], r["label"]) for r in rows], [(size, name) for size in sizes for name in operations])
+            for row in rows:
+                with self.subTest(args=args, row=row):
+                    self.assertEqual((row["ranks"], row["checked"]), (ranks, ranks * row["bytes"]))
+                    self.assertEqual(row["movement"], "nccl" if "nccl" in args else "mpi" if more.get("mpi") else "thread")
+                    if "cuda" in args:
+                        self.assertEqual((row["time"], row["time_us"], row["busbw_gbytes_per_s"]), ("emulated", None, None))
+                        continue
+                    self.assertAlmostEqual(row["algbw_gbytes_per_s"] * row["time_us"], 1e-3 * row["bytes"], delta=1e-6 * row["bytes"])
+                    kept = 1 / ranks if row["label"].startswith("all") else 0
+                    self.assertAlmostEqual(row["busbw_gbytes_per_s"], (1 - kept) * row["algbw_gbytes_per_s"],
+                                           delta=1e-6 * row["algbw_gbytes_per_s"])
+
+    def test_prefill_on_the_emulated_device_has_errors_and_no_times(self):
+        if not EMU_BIN:
+            self.skipTest("no emulated device: IFKV_EMU_BIN is not set")
+        out = os.path.join(self.dir, "out")
+        args = ["--model", self.dir, "--random-weights", "1", "--backend", "cuda", "--lengths", "100", "--chunk", "32", "--repeat", "1"]
+        more = {"program": EMU_BIN}
+        text = self.bench("prefill", *args, "--methods", "full,ring,infoflow", "--ranks", "2", "--out", out, **more).stdout
+        self.assertIn("EMULATED", text)
+        self.assertNotIn("of floor: share", text)
+        with open(os.path.join(out, "bench.jsonl")) as f:
+            full, ring, infoflow = map(json.loads, f)
+        for row in full, ring, infoflow:
+            self.assertEqual(row["time"], "emulated")
+            for key in ("ttft_ms", "min_ms", "max_ms", "speedup", "tflops", "floor_share"):
+                self.assertIsNone(row[key], key)
+            self.assertEqual({*row["ms"].values(), *row["runs_ms"]}, {None})
+        self.assertTrue(0 == full["error"] < ring["error"] < 0.1 < infoflow["error"])
+        with h5py.File(os.path.join(out, "bench.h5")) as f:
+            self.assertEqual(f.attrs["time"].decode(), "emulated")
+            self.assertTrue((f["ttft_ms"][:] != f["ttft_ms"][:]).all(), "NaN")
+        self.assertIn("emulated", self.bench("prefill", *args, "--ranks", "2", "--project", code=2, **more).stderr)
+        python = os.path.join(ROOT, ".cache/venv/bin/python")
+        done = subprocess.run([python, os.path.join(ROOT, "bench/plot.py"), out], capture_output=True, text=True, timeout=120)
+        self.assertIn("emulated", done.stderr)
+        self.assertEqual(done.returncode, 1)
+
+    def test_operands_follow_the_seed(self):
+        errors = [[row["error"] for row in self.rows("gemm", "--lengths", "37", "--threads", "1", "--warm-up", "0", "--seed", seed)]
+                  for seed in ("1", "1", "2")]
+        self.assertEqual(errors[0], errors[1])
+        self.assertNotEqual(errors[0], errors[2])
+
+    def test_files_hold_the_rows(self):
+        for kind, column in (("gemm", "tflops"), ("attention", "time_ms"), ("comm", "busbw_gbytes_per_s")):
+            out = os.path.join(self.dir, kind)
+            self.bench(kind, "--lengths", "40", "--out", out)
+            with open(os.path.join(out, "bench.jsonl")) as f:
+                rows = [json.loads(line) for line in f]
+            with h5py.File(os.path.join(out, "bench.h5")) as f:
+                self.assertEqual(f.attrs["kind"].decode(), kind)
+                self.assertEqual(f.attrs["rows"].decode().splitlines(), [row["label"] for row in rows])
+                self.assertEqual(f["wrong"][:].tolist(), [0] * len(rows))
+                for stored, row in zip(f[column][:], rows):
+                    self.assertAlmostEqual(stored, row[column], delta=1e-5 * abs(row[column]))
+
+    def test_a_rate_above_the_peak_is_refused(self):
+        path = os.path.join(self.dir, "device.json")
+        device = {"matmul_tflops": 1, "attention_tflops": 1, "memory_gbytes_per_s": 1, "passes_gbytes_per_s": 1, "memory_gbytes": 1}
+        for peak, code in ((1e-9, 80), (1e6, 0)):
+            with open(path, "w") as f:
+                json.dump({**device, "peak_tflops": peak}, f)
+            for kind in ("gemm", "attention"):
+                done = self.bench(kind, "--lengths", "40", "--device", path, "--json", "--ranks", "2", code=code)
+                self.assertEqual(done.stderr.count("expected at most the peak"), int(code == 80))
+                for row in map(json.loads, done.stdout.splitlines()):
+                    self.assertAlmostEqual(row["peak_share"], row["tflops"] / peak, delta=1e-6 * row["peak_share"])
+
+    def test_nonsense_is_refused_once(self):
+        for kind, *args in (["gem"], ["gemm", "--lengths", "0"], ["attention", "--ratio", "2"], ["comm", "--repeat", "0"]):
+            with self.subTest(args=args):
+                errors = [line for line in self.bench(kind, *args, mpi=2, code=2).stderr.splitlines() if "ifkv: error:" in line]
+                self.assertEqual(len(errors), 1, errors)
 
 
 class Plan(unittest.TestCase):
