@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -206,8 +207,14 @@ static ifkv_status run_job(const cli_job *job, ifkv_comm **comm_p) {
     return run_rank(*comm_p, (void *)job);
 }
 
+/* Whoever read the output has seen enough, which may have been many writes ago. */
+static bool is_reader_gone(void) {
+    struct pollfd out = {.fd = STDOUT_FILENO, .events = POLLOUT};
+    return poll(&out, 1, 0) == 1 && (out.revents & POLLERR) != 0;
+}
+
 static int finish(ifkv_status status, ifkv_comm *comm) {
-    if (status == IFKV_OK && (fflush(stdout) || ferror(stdout)) && errno != EPIPE)
+    if (status == IFKV_OK && (fflush(stdout) || ferror(stdout)) && !is_reader_gone())
         status = IFKV_FAIL(IFKV_ERR_IO, IFKV_E_OUT_WRITE, "standard output: %s", strerror(errno));
     if (status != IFKV_OK) {
         const int size = comm ? ifkv_comm_size(comm) : 1;
