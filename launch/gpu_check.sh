@@ -141,8 +141,8 @@ readonly tests_ran='^\[  PASSED  \] [1-9]' claims_held='^[1-9][0-9]* claims held
 
 # ---- what the parts share ----
 
-has_ranks() { command -v "$mpirun" >/dev/null && "$tool" version | grep -q ' mpi'; }
-has_nccl() { "$tool" version | grep -q ' nccl'; }
+has_ranks() { command -v "$mpirun" >/dev/null && "$tool" version 2>/dev/null | grep -q ' mpi'; }
+has_nccl() { "$tool" version 2>/dev/null | grep -q ' nccl'; }
 find_mpirun() {
     mpirun=$(sed -n 's/^MPIEXEC_EXECUTABLE:[A-Z]*=//p' "$build/CMakeCache.txt" 2>/dev/null)
     mpirun=${mpirun:-mpirun}
@@ -189,7 +189,7 @@ build_all() {
         test_comm_device test_instructions_sm80 test_instructions_sm90'
     local options
     configure_options
-    step build configure 120 'ifkv: MPI' cmake -S "$root" -B "$build" "${options[@]}" || return
+    step build configure 240 'ifkv: MPI' cmake -S "$root" -B "$build" "${options[@]}" || return
     local has_model=0
     grep -q 'tests of the CUDA half 1' "$last" && has_model=1
     # shellcheck disable=SC2086  # targets are words
@@ -381,6 +381,7 @@ part_time() {
         printf '{"model_type": "llama", "hidden_act": "silu", "num_hidden_layers": 2, "vocab_size": 101, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "rope_theta": 1e4, "tie_word_embeddings": true, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "hidden_size": 64, "intermediate_size": 96}\n' >"$work/shape/config.json"
         shape=$work/shape
     fi
+    mkdir -p "$work/bench"
     local lengths=2048,4096,8192,16384,32768 products=512,2048,4096,8192,32768 prefills=2048,8192,32768
     [ "$is_emulated" = 0 ] || lengths=96 products=96 prefills=96
     for name in Qwen3-14B Llama-3.1-8B; do
@@ -399,7 +400,7 @@ part_time() {
     else
         absent time torch 'python3 has no torch'
     fi
-    [ ! -d "$work/bench" ] || tar -C "$work" -czf "$out/bench.tar.gz" bench
+    tar -C "$work" -czf "$out/bench.tar.gz" bench
 }
 
 # ---- what is left behind ----
