@@ -1,6 +1,7 @@
 /* Attention over spans on a CUDA device: every kernel, every shape of span, against float64.
  *
- *   test_attention_cuda [sm80|sm90 [64|128]]      that kernel only, that d_head only
+ *   test_attention_cuda [sm80|sm90|both [0|64|128 [TEST]]]      that kernel only, or one against
+ * the other; that d_head only, 0 for all; tests of that name only, in which * and ? match
  *
  * Without a GPU the device is the host execution model.  What no kernel may read is NaN, what it
  * may not use is garbage.
@@ -707,6 +708,55 @@ static void impossible_spans_raise_the_fault_word(void **state) {
     }
 }
 
+#ifdef IFKV_EMU
+enum { MANY = 200 };
+#else
+enum { MANY = 4133 }; /* beyond what float64 on the host has time for */
+#endif
+
+/* Both kernels on rows of every shape of span.  Each errs by its bound at most, with every score
+ * and every average at its largest: |v| <= 1, |q| <= 4, |k| <= 1. */
+static void kernels_agree(void **state) {
+    (void)state;
+    span_rule *const rules[] = {causal_spans,         whole_spans, single_keys,
+                                chunks_at_tile_edges, windows,     ends_in_any_order,
+                                descending_ends,      steep_ends,  groups_with_empty_rows};
+    for (size_t i = 0; i < 2 * sizeof rules / sizeof *rules; i++) {
+        const heads h = {5, 1, i % 2 ? 128 : 64};
+        if (only_d && h.d_head != only_d) continue;
+        problem p = create_problem(h, MANY - 50, MANY, 4, IFKV_DTYPE_BF16);
+        rules[i / 2](&p);
+        const int64_t n = p.n_row * p.out.view.n_col, n_lse = p.n_row * h.n_head;
+        const double delta = (h.d_head + 4) * 0x1p-23 * 4 * sqrt((double)h.d_head),
+                     steps = sum_steps(MANY);
+        double *out = malloc((size_t)n * sizeof *out), *lse = malloc((size_t)n_lse * sizeof *lse);
+        double error = 0, norm = 0;
+        assert_true(out && lse);
+        kernel = IFKV_ATTENTION_SM80;
+        attend(&p);
+        memcpy(out, p.out.value, (size_t)n * sizeof *out);
+        memcpy(lse, p.lse.value, (size_t)n_lse * sizeof *lse);
+        for (int64_t x = 0; x < n; x++) p.out.value[x] = (double)NAN;
+        gen_matrix_write(&p.out);
+        kernel = IFKV_ATTENTION_SM90;
+        attend(&p);
+        for (int64_t x = 0; x < n; x++) {
+            const double got = p.out.value[x];
+            assert_close("out of sm90, of sm80", x / p.out.view.n_col, x % p.out.view.n_col, got,
+                         out[x], 2.02 * (2 * delta + 0x1p-8 + (2 * steps + 4) * 0x1p-23 + 0x1p-8));
+            error += (got - out[x]) * (got - out[x]);
+            norm += out[x] * out[x];
+        }
+        assert_true(sqrt(error) <= 8e-3 * sqrt(norm)); /* 4e-3 each */
+        for (int64_t x = 0; x < n_lse; x++)
+            assert_close("lse of sm90, of sm80", x / h.n_head, x % h.n_head, p.lse.value[x], lse[x],
+                         2 * (delta + (steps + 4) * 0x1p-23) + 0x1p-21 * fabs(lse[x]));
+        assert_no_fault();
+        free(out), free(lse);
+        destroy_problem(&p);
+    }
+}
+
 static void operands_that_do_not_fit_are_refused(void **state) {
     (void)state;
     const ifkv_status status = IFKV_ERR_INTERNAL;
@@ -803,17 +853,21 @@ int main(int argc, char **argv) {
         cmocka_unit_test(impossible_spans_raise_the_fault_word),
         cmocka_unit_test(operands_that_do_not_fit_are_refused),
     };
+    const struct CMUnitTest both[] = {cmocka_unit_test(kernels_agree)};
     const char *only = argc > 1 ? argv[1] : "";
     int n_failed = 0;
     only_d = argc > 2 ? atoi(argv[2]) : 0;
+    if (argc > 3) cmocka_set_test_filter(argv[3]);
     noise = gen_create(argv[0]);
     kernel = IFKV_ATTENTION_SM80;
-    if (strcmp(only, "sm90") != 0)
+    if (!*only || !strcmp(only, "sm80"))
         n_failed += cmocka_run_group_tests(tests, open_context, close_context);
     kernel = IFKV_ATTENTION_SM90;
-    if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9)
-        print_message("SKIPPED: the sm90 kernel needs compute capability 9.x\n");
-    else if (strcmp(only, "sm80") != 0)
+    const bool has_sm90 = device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+    if (!has_sm90) print_message("SKIPPED: the sm90 kernel needs compute capability 9.x\n");
+    if (has_sm90 && (!*only || !strcmp(only, "sm90")))
         n_failed += cmocka_run_group_tests(tests, open_context, close_context);
+    if (has_sm90 && (!*only || !strcmp(only, "both")))
+        n_failed += cmocka_run_group_tests(both, open_context, close_context);
     return n_failed;
 }

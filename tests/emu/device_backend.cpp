@@ -1,9 +1,14 @@
 /* See device_backend.h. */
 #include "device_backend.h"
 
-#include "emu_stream.h"
+#include <cuda_runtime_api.h>
 
 #include <cstdlib>
+#ifdef IFKV_EMU
+#include "emu_stream.h"
+#else
+#include <unistd.h>
+#endif
 
 static ifkv_status check(cudaError_t error, const char *call) {
     IFKV_REQUIRE(error == cudaSuccess, IFKV_ERR_RESOURCE, IFKV_E_BACKEND, "%s: %s", call,
@@ -72,6 +77,21 @@ ifkv_status device_backend_open(int node_rank, ifkv_backend **backend_p) {
     return IFKV_OK;
 }
 
+#ifdef IFKV_EMU
 void device_backend_delay(ifkv_backend *backend) {
     emu_enqueue(stream_of(backend), [] {});
+}
+#else
+static void pause_stream(void *) {
+    usleep(200); /* longer than the calls behind it take to be made */
+}
+
+void device_backend_delay(ifkv_backend *backend) {
+    if (cudaLaunchHostFunc(stream_of(backend), pause_stream, nullptr) != cudaSuccess) abort();
+}
+#endif
+
+int device_backend_count(void) {
+    int n = 0;
+    return cudaGetDeviceCount(&n) == cudaSuccess ? n : 0;
 }

@@ -14,6 +14,8 @@ ifkv_status device_backend_open(int node_rank, ifkv_backend **backend_p);
 /* Put work into the stream of a back end that changes nothing, but ends when the adversary likes.
  */
 void device_backend_delay(ifkv_backend *backend);
+/* How many devices there are. */
+int device_backend_count(void);
 
 #ifdef __cplusplus
 }
