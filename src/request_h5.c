@@ -151,7 +151,7 @@ err_free_offsets:
 
 static ifkv_status put_chunks(converter *c) {
     bool is_there;
-    int64_t n_token, n_chunk, *offsets = NULL;
+    int64_t n_token, n_chunk = 0, *offsets = NULL;
     ifkv_status status;
     IFKV_TRY(has_member(c, "chunk_tokens", &is_there));
     if (!is_there) return IFKV_OK;
