@@ -7,8 +7,11 @@
 #include "agree.h"
 #include "comm.h"
 #include "device_backend.h"
+#include "engine.h"
+#include "model_files.h"
 #include "nccl_check.h"
 #include "standin.h"
+#include "tiny.h"
 
 #include <time.h>
 
@@ -275,6 +278,42 @@ static void nccl_is_taken_where_each_rank_has_a_device(void **state) {
     assert_ok(ifkv_comm_thread_run(2, choice_body, NULL));
 }
 
+typedef struct link_scene {
+    const char *model;
+    ifkv_status status[2];
+} link_scene;
+
+static ifkv_status link_body(ifkv_comm *comm, void *arg) {
+    link_scene *it = arg;
+    const ifkv_engine_options options = {.size = sizeof options,
+                                         .model_dir = it->model,
+                                         .backend = "cuda",
+                                         .n_thread = 1,
+                                         .random_weights = true};
+    ifkv_rates rates = {.size = sizeof rates};
+    ifkv_engine *engine = NULL;
+    ifkv_comm_set_timeout(comm, 20 * limit_s); /* products are measured in between */
+    comm->is_nccl = true;
+    IFKV_TRY(ifkv_engine_open(comm, &options, &engine));
+    it->status[comm->rank] = ifkv_engine_measure(engine, &rates);
+    ifkv_engine_close(engine);
+    return IFKV_OK;
+}
+
+/* A link is measured by what moves K/V over it, to the end of the movement. */
+static void links_are_measured_by_nccl(void **state) {
+    link_scene it = {.model = tiny_model(*state, &tiny_shapes[0], -1)};
+    emu_fail("");
+    assert_ok(ifkv_comm_thread_run(2, link_body, &it));
+    assert_true(emu_calls("ncclAllGather") > 0);
+    assert_true(it.status[0] == IFKV_OK && it.status[1] == IFKV_OK);
+    emu_fail("ncclHang/1:1");
+    assert_ok(ifkv_comm_thread_run(2, link_body, &it));
+    emu_fail(NULL);
+    assert_true(it.status[0] == IFKV_ERR_PEER && it.status[1] == IFKV_ERR_PEER);
+    free((char *)it.model);
+}
+
 int main(void) {
     setenv("IFKV_EMU_DEVICES", "9", 1);
     const struct CMUnitTest tests[] = {
@@ -285,6 +324,7 @@ int main(void) {
         cmocka_unit_test(an_initialisation_that_hangs_ends_at_the_limit),
         cmocka_unit_test(every_rank_needs_the_version_it_was_built_for),
         cmocka_unit_test(any_call_may_fail),
+        cmocka_unit_test_setup_teardown(links_are_measured_by_nccl, dir_setup, dir_teardown),
         cmocka_unit_test(leaving_may_fail),
         cmocka_unit_test(results_become_the_status_that_is_promised),
         cmocka_unit_test(nccl_is_taken_where_each_rank_has_a_device),
