@@ -218,6 +218,9 @@ static ifkv_status exchange_pieces(nccl_comm *self, const void *send_from, const
         IFKV_TRY(send(self, send_from, send_offset[to], send_bytes[to], to));
         IFKV_TRY(receive(self, recv, recv_offset[from], recv_bytes[from], from));
     }
+    IFKV_REQUIRE(send_bytes[rank] == recv_bytes[rank], IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
+                 "all_to_all: rank %d sends %zu bytes to rank %d, which expects %zu", rank,
+                 send_bytes[rank], rank, recv_bytes[rank]);
     return copy_own(self, recv, recv_offset[rank], send_from, send_offset[rank], recv_bytes[rank]);
 }
 
@@ -225,14 +228,10 @@ static ifkv_status nccl_all_to_all(ifkv_comm *comm, const void *send_from, const
                                    const size_t *send_offset, void *recv, const size_t *recv_bytes,
                                    const size_t *recv_offset) {
     nccl_comm *self = (nccl_comm *)comm;
-    const int me = comm->rank;
     IFKV_TRY(note(self, begin_movement(self)));
-    ifkv_status status =
+    const ifkv_status status =
         exchange_pieces(self, send_from, send_bytes, send_offset, recv, recv_bytes, recv_offset);
     IFKV_TRY(note(self, end_movement(self, status)));
-    IFKV_REQUIRE(send_bytes[me] == recv_bytes[me], IFKV_ERR_INTERNAL, IFKV_E_DIVERGED,
-                 "all_to_all: rank %d sends %zu bytes to rank %d, which expects %zu", me,
-                 send_bytes[me], me, recv_bytes[me]);
     return note(self, join_movement(self));
 }
 
@@ -276,8 +275,21 @@ static ifkv_status nccl_alloc(ifkv_comm *comm, size_t bytes, void **data_p) {
     return IFKV_OK;
 }
 
+/* Let movements under way end, or give up.  Without a word about what fails: whoever frees or
+ * closes may be reporting an error already. */
+static void drain(nccl_comm *self) {
+    const double begin = now_s(), limit_s = limit_of(self->base.control, CLOSE_S);
+    if (!self->nccl) return;
+    while (cudaEventQuery(self->done) == cudaErrorNotReady && now_s() - begin < limit_s)
+        pause_after(now_s() - begin);
+    if (cudaEventQuery(self->done) != cudaSuccess || ask(self, limit_s) != ncclSuccess)
+        give_up(self);
+}
+
+/* Behind the movements of this memory, whose peers may not come. */
 static void nccl_free(ifkv_comm *comm, void *data) {
     nccl_comm *self = (nccl_comm *)comm;
+    if (data) drain(self);
     if (!data || self->backend->is_lost) return;
     if (data == self->memory) {
         if (self->nccl) ncclCommDeregister(self->nccl, self->handle);
@@ -286,16 +298,11 @@ static void nccl_free(ifkv_comm *comm, void *data) {
     ncclMemFree(data);
 }
 
-/* Without a word about what fails: whoever closes may be reporting an error already. */
 static void leave_nccl(nccl_comm *self) {
-    const double begin = now_s(), limit_s = limit_of(self->base.control, CLOSE_S);
-    while (cudaEventQuery(self->done) == cudaErrorNotReady && now_s() - begin < limit_s)
-        pause_after(now_s() - begin);
-    if (cudaEventQuery(self->done) != cudaSuccess || ask(self, limit_s) != ncclSuccess) {
-        give_up(self);
-        return;
-    }
+    drain(self);
+    if (!self->nccl) return;
     const ncclResult_t result = ncclCommFinalize(self->nccl);
+    const double limit_s = limit_of(self->base.control, CLOSE_S);
     if ((result != ncclSuccess && result != ncclInProgress) || ask(self, limit_s) != ncclSuccess) {
         give_up(self);
         return;
@@ -305,7 +312,7 @@ static void leave_nccl(nccl_comm *self) {
 
 static void nccl_close(ifkv_comm *comm) {
     nccl_comm *self = (nccl_comm *)comm;
-    if (self->nccl && !self->is_broken) leave_nccl(self);
+    leave_nccl(self);
     self->backend->before_wait = NULL;
     if (!self->backend->is_lost) {
         if (self->done) cudaEventDestroy(self->done);

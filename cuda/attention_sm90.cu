@@ -24,6 +24,7 @@
 #include "attention.cuh"
 #include "cuda_check.h"
 #include "launch.cuh"
+#include "tensor_map.h"
 
 namespace {
 
@@ -339,59 +340,26 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-using encode_function = decltype(&cuTensorMapEncodeTiled);
-
-/* The driver's encoder, asked for at run time: linked to libcuda, the program would not start where
- * there is no driver. */
-encode_function find_encoder() {
-    void *found = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
-                                                               12000, cudaEnableDefault, &result);
-    const bool is_found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
-    return is_found ? reinterpret_cast<encode_function>(found) : nullptr;
-}
-
-/* A bfloat16 tensor of `rank` dimensions, innermost first; strides in elements, of all dimensions
- * but the innermost. */
-struct tensor_shape {
-    cuuint32_t rank;
-    cuuint64_t dims[4], strides[3];
-    cuuint32_t box[4];
-};
-
-ifkv_status encode(encode_function encoder, const void *data, tensor_shape shape,
-                   CUtensorMap *map) {
-    const cuuint32_t steps[] = {1, 1, 1, 1};
-    for (cuuint64_t &stride : shape.strides) stride *= sizeof(__nv_bfloat16);
-    const CUresult result = encoder(
-        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, shape.rank, const_cast<void *>(data), shape.dims,
-        shape.strides, shape.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    IFKV_REQUIRE(result == CUDA_SUCCESS, IFKV_ERR_INTERNAL, IFKV_E_BACKEND,
-                 "attention: no tensor map for %p: error %d", data, static_cast<int>(result));
-    return IFKV_OK;
-}
-
-ifkv_status make_maps(const ifkv_attention_call &call, tensor_maps *maps) {
-    static const encode_function encoder = find_encoder(); // the same for all devices
-    IFKV_REQUIRE(encoder, IFKV_ERR_RESOURCE, IFKV_E_BACKEND,
-                 "attention: the driver has no cuTensorMapEncodeTiled");
-    const cuuint64_t d = static_cast<cuuint64_t>(call.d_head), n_kv_head = call.plan.n_kv_head,
-                     group = call.plan.group, n_key = call.n_key, n_row = call.n_row;
-    const tensor_shape q = {
+ifkv_status make_maps(const ifkv_cuda_context *context, const ifkv_attention_call &call,
+                      tensor_maps *maps) {
+    const uint64_t d = static_cast<uint64_t>(call.d_head), n_kv_head = call.plan.n_kv_head,
+                   group = call.plan.group, n_key = call.n_key, n_row = call.n_row;
+    const ifkv_tensor_shape q = {
+        call.q,
         4,
         {d, group, n_row, n_kv_head},
-        {d, static_cast<cuuint64_t>(call.q_stride), group * d},
-        {CHUNK, static_cast<cuuint32_t>(group), static_cast<cuuint32_t>(call.plan.tile_rows), 1}};
-    tensor_shape keys = {3,
-                         {d, n_key, n_kv_head},
-                         {static_cast<cuuint64_t>(call.k_stride), d},
-                         {CHUNK, BLOCK_KEYS, 1}};
-    IFKV_TRY(encode(encoder, call.q, q, &maps->q));
-    IFKV_TRY(encode(encoder, call.k, keys, &maps->k));
-    keys.strides[0] = static_cast<cuuint64_t>(call.v_stride);
-    return encode(encoder, call.v, keys, &maps->v);
+        {d, static_cast<uint64_t>(call.q_stride), group * d},
+        {CHUNK, static_cast<uint32_t>(group), static_cast<uint32_t>(call.plan.tile_rows), 1}};
+    ifkv_tensor_shape keys = {call.k,
+                              3,
+                              {d, n_key, n_kv_head},
+                              {static_cast<uint64_t>(call.k_stride), d},
+                              {CHUNK, BLOCK_KEYS, 1}};
+    IFKV_TRY(ifkv_tensor_maps_get(context->maps, &q, &maps->q));
+    IFKV_TRY(ifkv_tensor_maps_get(context->maps, &keys, &maps->k));
+    keys.data = call.v;
+    keys.strides[0] = static_cast<uint64_t>(call.v_stride);
+    return ifkv_tensor_maps_get(context->maps, &keys, &maps->v);
 }
 
 template <int d>
@@ -407,7 +375,7 @@ cudaError_t launch(const ifkv_cuda_context *context, const ifkv_attention_call *
 extern "C" ifkv_status ifkv_cuda_attention_sm90(const ifkv_cuda_context *context,
                                                 const ifkv_attention_call *call) {
     tensor_maps maps;
-    IFKV_TRY(make_maps(*call, &maps));
+    IFKV_TRY(make_maps(context, *call, &maps));
     IFKV_TRY(
         IFKV_CUDA(cudaMemsetAsync(call->next_item, 0, sizeof *call->next_item, context->stream)));
     return IFKV_CUDA(call->d_head == 64 ? launch<64>(context, call, maps)

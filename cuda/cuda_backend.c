@@ -8,6 +8,7 @@
 #include "cuda_check.h"
 #include "cuda_matmul.h"
 #include "kernels.h"
+#include "tensor_map.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -247,6 +248,7 @@ static void release_device(cuda_backend *cuda) {
 static void cuda_close(ifkv_backend *backend) {
     /* a lost stream would be waited for without end: what hangs on it goes with the process */
     if (!backend->is_lost) release_device((cuda_backend *)backend);
+    ifkv_tensor_maps_destroy(((cuda_backend *)backend)->context.maps);
     free(backend);
 }
 
@@ -368,6 +370,7 @@ static ifkv_status open_device(cuda_backend *cuda, int node_rank) {
     IFKV_TRY(IFKV_CUDA(cudaStreamCreateWithFlags(&cuda->context.stream, cudaStreamNonBlocking)));
     cuda->base.stream = cuda->context.stream;
     IFKV_TRY(create_staging(cuda));
+    IFKV_TRY(ifkv_tensor_maps_create(&cuda->context.maps));
     return ifkv_cuda_matmul_create(&cuda->matmul);
 }
 

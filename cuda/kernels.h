@@ -35,6 +35,7 @@ typedef struct ifkv_cuda_context {
     void *workspace; /* device memory, 256-byte aligned, of at least what prepare asked for; used
                         by one launch after another in stream order */
     size_t workspace_bytes;
+    struct ifkv_tensor_maps *maps; /* of tensor_map.h; belongs to the host thread */
 } ifkv_cuda_context;
 
 ifkv_status ifkv_cuda_rms_norm(const ifkv_cuda_context *context, const ifkv_view *x,

@@ -134,17 +134,31 @@ static ifkv_status measure_arithmetic(bench *b, ifkv_rates *rates) {
     return IFKV_OK;
 }
 
+/* Seconds of one gather, of back-end memory and as the exchanges move it. */
+static ifkv_status ping(ifkv_engine *engine, char *buffer, const size_t *bytes,
+                        const size_t *offset, double *seconds_p) {
+    ifkv_backend *backend = engine->backend;
+    IFKV_TRY(ifkv_comm_barrier(engine->comm));
+    const double begin = now(engine);
+    IFKV_TRY(ifkv_comm_all_gather(engine->data, buffer + offset[engine->comm->rank], buffer, bytes,
+                                  offset));
+    IFKV_TRY(backend->ops->sync(backend));
+    *seconds_p = now(engine) - begin;
+    return IFKV_OK;
+}
+
 /* The smallest message has no length to speak of; of the larger ones the slowest byte counts. */
 static ifkv_status measure_messages(ifkv_engine *engine, ifkv_rates *rates) {
     ifkv_comm *comm = engine->comm;
     const size_t size = (size_t)comm->size;
     double first = 0;
     if (size == 1) return IFKV_OK;
-    char *buffer = calloc(size, message_bytes[N_SIZE - 1]);
+    void *buffer = NULL;
     size_t *bytes = calloc(2 * size, sizeof *bytes), *offset = bytes + size;
-    ifkv_status status = IFKV_OK;
-    if (!buffer || !bytes)
-        status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "measure: out of host memory");
+    ifkv_status status =
+        bytes ? ifkv_comm_alloc(engine->data, engine->backend, size * message_bytes[N_SIZE - 1],
+                                &buffer)
+              : IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "measure: out of host memory");
     IFKV_TRY_GOTO(status, ifkv_comm_agree(comm, status, NULL), out);
     rates->link = INFINITY;
     for (int s = 0; s < N_SIZE; s++) {
@@ -154,13 +168,9 @@ static ifkv_status measure_messages(ifkv_engine *engine, ifkv_rates *rates) {
             offset[r] = r * message_bytes[s];
         }
         for (int i = 0; i < N_REPEAT; i++) {
-            IFKV_TRY_GOTO(status, ifkv_comm_barrier(comm), out);
-            const double begin = now(engine);
-            IFKV_TRY_GOTO(
-                status,
-                ifkv_comm_all_gather(comm, buffer + offset[comm->rank], buffer, bytes, offset),
-                out);
-            best = fmin(best, now(engine) - begin);
+            double seconds = 0;
+            IFKV_TRY_GOTO(status, ping(engine, buffer, bytes, offset, &seconds), out);
+            best = fmin(best, seconds);
         }
         const double others = (double)size - 1;
         if (s == 0) rates->message_s = best / others;
@@ -170,7 +180,7 @@ static ifkv_status measure_messages(ifkv_engine *engine, ifkv_rates *rates) {
                                                 fmax(best - first, shortest));
     }
 out:
-    free(buffer);
+    if (buffer) ifkv_comm_free(engine->data, engine->backend, buffer);
     free(bytes);
     return status;
 }

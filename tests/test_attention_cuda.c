@@ -18,6 +18,7 @@
 
 #include "attention.h"
 #include "gen.h"
+#include "tensor_map.h"
 
 static gen noise;
 static ifkv_attention_kernel kernel;
@@ -791,6 +792,76 @@ static void operands_that_do_not_fit_are_refused(void **state) {
     destroy_problem(&p);
 }
 
+/* Maps that n more calls over rows [0, n_row) and keys [0, n_key) encode; the last one is checked.
+ */
+static int64_t encoded_by(problem *p, int n, int64_t n_row, int64_t n_key) {
+    const int64_t before = ifkv_tensor_maps_encoded(context.maps);
+    const ifkv_view k = p->k.view, v = p->v.view;
+    p->k.view.n_row = p->v.view.n_row = n_key;
+    for (int i = 0; i < n; i++) attend_rows(p, 0, n_row, 0);
+    p->k.view = k, p->v.view = v;
+    check_rows(p, 0, n_row);
+    return ifkv_tensor_maps_encoded(context.maps) - before;
+}
+
+/* Of q, k and v; the sm_80 kernel needs none. */
+static void calls_of_a_known_shape_encode_nothing(void **state) {
+    (void)state;
+    const int is_used = kernel == IFKV_ATTENTION_SM90;
+    problem p = create_problem((heads){6, 2, only_d ? only_d : 64}, 40, 100, 1, IFKV_DTYPE_BF16);
+    for (int64_t r = 0; r < 40; r++) p.end[r] = 1 + r;
+    assert_int_equal(encoded_by(&p, 1, 40, 100), 3 * is_used);
+    assert_int_equal(encoded_by(&p, 3, 40, 100), 0);
+    assert_int_equal(encoded_by(&p, 1, 30, 100), is_used);
+    assert_int_equal(encoded_by(&p, 1, 40, 90), 2 * is_used);
+    assert_int_equal(encoded_by(&p, 1, 40, 100), 0);
+    destroy_problem(&p);
+}
+
+static void every_word_of_a_shape_counts(void **state) {
+    (void)state;
+    const ifkv_tensor_shape base = {context.workspace, 2, {64, 128}, {64}, {64, 8}};
+    ifkv_tensor_shape other[] = {base, base, base, base, base};
+    CUtensorMap first, map;
+    ifkv_tensor_maps *maps = NULL;
+    other[0].data = (char *)context.workspace + 16;
+    other[1] = (ifkv_tensor_shape){context.workspace, 1, {64}, {0}, {64}};
+    other[2].dims[1] = 127;
+    other[3].strides[0] = 72;
+    other[4].box[1] = 9;
+    assert_ok(ifkv_tensor_maps_create(&maps));
+    assert_ok(ifkv_tensor_maps_get(maps, &base, &first));
+    for (int i = 0; i < 5; i++) {
+        assert_ok(ifkv_tensor_maps_get(maps, &other[i], &map));
+        assert_int_equal(ifkv_tensor_maps_encoded(maps), 2 + i);
+        assert_memory_not_equal(&map, &first, sizeof map);
+    }
+    ifkv_tensor_maps_destroy(maps);
+}
+
+/* Beyond the bound maps are encoded again, and are the same. */
+static void tensor_maps_are_bounded(void **state) {
+    (void)state;
+    char *const data = context.workspace; /* never looked at */
+    ifkv_tensor_shape shape = {data, 2, {64, 128}, {64}, {64, 8}};
+    CUtensorMap first, map;
+    ifkv_tensor_maps *maps = NULL;
+    assert_ok(ifkv_tensor_maps_create(&maps));
+    assert_ok(ifkv_tensor_maps_get(maps, &shape, &first));
+    for (int i = 1; i <= IFKV_TENSOR_MAPS; i++) {
+        shape.data = data + 16 * i;
+        assert_ok(ifkv_tensor_maps_get(maps, &shape, &map));
+        assert_int_equal(ifkv_tensor_maps_encoded(maps), i + 1);
+        assert_memory_not_equal(&map, &first, sizeof map);
+        if (i + 1 < IFKV_TENSOR_MAPS) continue;
+        shape.data = data;
+        assert_ok(ifkv_tensor_maps_get(maps, &shape, &map));
+        assert_memory_equal(&map, &first, sizeof map);
+        assert_int_equal(ifkv_tensor_maps_encoded(maps), i < IFKV_TENSOR_MAPS ? i + 1 : i + 2);
+    }
+    ifkv_tensor_maps_destroy(maps);
+}
+
 static int device_attribute(enum cudaDeviceAttr attribute) {
     int device = 0, value = 0;
     must(cudaGetDevice(&device));
@@ -812,11 +883,13 @@ static int open_context(void **state) {
     context.fault = gen_upload(backend, &none, sizeof none);
     context.workspace_bytes = 2 << 20;
     assert_ok(backend->ops->alloc(backend, context.workspace_bytes, &context.workspace));
+    assert_ok(ifkv_tensor_maps_create(&context.maps));
     return 0;
 }
 
 static int close_context(void **state) {
     (void)state;
+    ifkv_tensor_maps_destroy(context.maps);
     backend->ops->free(backend, context.workspace);
     backend->ops->free(backend, context.fault);
     ifkv_backend_close(backend);
@@ -848,6 +921,9 @@ int main(int argc, char **argv) {
         cmocka_unit_test(empty_calls_write_what_is_due),
         cmocka_unit_test(parts_give_the_whole),
         cmocka_unit_test(planned_parts_give_the_whole),
+        cmocka_unit_test(calls_of_a_known_shape_encode_nothing),
+        cmocka_unit_test(every_word_of_a_shape_counts),
+        cmocka_unit_test(tensor_maps_are_bounded),
         cmocka_unit_test(ring_steps_give_the_whole),
         cmocka_unit_test(short_spans_ignore_parts),
         cmocka_unit_test(impossible_spans_raise_the_fault_word),

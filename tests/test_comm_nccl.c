@@ -7,8 +7,11 @@
 #include "agree.h"
 #include "comm.h"
 #include "device_backend.h"
+#include "engine.h"
+#include "model_files.h"
 #include "nccl_check.h"
 #include "standin.h"
+#include "tiny.h"
 
 #include <time.h>
 
@@ -275,6 +278,102 @@ static void nccl_is_taken_where_each_rank_has_a_device(void **state) {
     assert_ok(ifkv_comm_thread_run(2, choice_body, NULL));
 }
 
+/* Movements that go wrong with nobody waiting for them. */
+typedef enum mistake { SIZE_MISMATCH, FREED_UNDER_WAY } mistake;
+
+typedef struct mistake_scene {
+    mistake mistake;
+    ifkv_status moved[SIZE], again[SIZE];
+    double waited_s[SIZE];
+} mistake_scene;
+
+/* Every rank expects less of itself than it sends; or one does not come, and the others free. */
+static ifkv_status mistake_body(ifkv_comm *comm, void *arg) {
+    mistake_scene *it = arg;
+    const int me = comm->rank, next = (me + 1) % SIZE, previous = (me + SIZE - 1) % SIZE;
+    size_t send[SIZE] = {BYTES, BYTES, BYTES}, recv[SIZE] = {BYTES, BYTES, BYTES},
+           place[SIZE] = {0, BYTES, 2 * BYTES};
+    ifkv_backend *device = NULL;
+    ifkv_comm *data = NULL;
+    void *memory = NULL;
+    ifkv_comm_set_timeout(comm, limit_s);
+    comm->is_nccl = true;
+    recv[me]--;
+    IFKV_TRY(ifkv_comm_agree(comm, device_backend_open(first_device + me, &device), NULL));
+    IFKV_TRY(ifkv_comm_attach(comm, device, true, &data));
+    IFKV_TRY(ifkv_comm_agree(comm, ifkv_comm_alloc(data, device, 2 * SIZE * BYTES, &memory), NULL));
+    const double begin = now_s();
+    char *const to = (char *)memory + SIZE * BYTES;
+    if (it->mistake == SIZE_MISMATCH) {
+        it->moved[me] = ifkv_comm_all_to_all(data, memory, send, place, to, recv, place);
+        it->again[me] = ifkv_comm_bcast(data, memory, 1, 0);
+    } else if (me != 1) {
+        it->moved[me] = ifkv_comm_shift_begin(data, memory, BYTES, next, to, BYTES, previous);
+    }
+    ifkv_comm_free(data, device, memory);
+    ifkv_comm_detach(data);
+    it->waited_s[me] = now_s() - begin;
+    device->ops->close(device);
+    return IFKV_OK;
+}
+
+static void an_exchange_that_fits_nobody_ends_the_communicator(void **state) {
+    (void)state;
+    mistake_scene it = {.mistake = SIZE_MISMATCH};
+    assert_ok(ifkv_comm_thread_run(SIZE, mistake_body, &it));
+    for (int r = 0; r < SIZE; r++) {
+        assert_int_equal(it.moved[r], IFKV_ERR_INTERNAL);
+        assert_int_equal(it.again[r], IFKV_ERR_PEER);
+        assert_true(it.waited_s[r] < limit_s + 5);
+    }
+}
+
+static void memory_is_freed_in_time_where_a_peer_does_not_come(void **state) {
+    (void)state;
+    mistake_scene it = {.mistake = FREED_UNDER_WAY};
+    assert_ok(ifkv_comm_thread_run(SIZE, mistake_body, &it));
+    for (int r = 0; r < SIZE; r++) {
+        assert_int_equal(it.moved[r], IFKV_OK);
+        assert_true(it.waited_s[r] < limit_s + 5);
+    }
+}
+
+typedef struct link_scene {
+    const char *model;
+    ifkv_status status[2];
+} link_scene;
+
+static ifkv_status link_body(ifkv_comm *comm, void *arg) {
+    link_scene *it = arg;
+    const ifkv_engine_options options = {.size = sizeof options,
+                                         .model_dir = it->model,
+                                         .backend = "cuda",
+                                         .n_thread = 1,
+                                         .random_weights = true};
+    ifkv_rates rates = {.size = sizeof rates};
+    ifkv_engine *engine = NULL;
+    ifkv_comm_set_timeout(comm, 20 * limit_s); /* products are measured in between */
+    comm->is_nccl = true;
+    IFKV_TRY(ifkv_engine_open(comm, &options, &engine));
+    it->status[comm->rank] = ifkv_engine_measure(engine, &rates);
+    ifkv_engine_close(engine);
+    return IFKV_OK;
+}
+
+/* A link is measured by what moves K/V over it, to the end of the movement. */
+static void links_are_measured_by_nccl(void **state) {
+    link_scene it = {.model = tiny_model(*state, &tiny_shapes[0], -1)};
+    emu_fail("");
+    assert_ok(ifkv_comm_thread_run(2, link_body, &it));
+    assert_true(emu_calls("ncclAllGather") > 0);
+    assert_true(it.status[0] == IFKV_OK && it.status[1] == IFKV_OK);
+    emu_fail("ncclHang/1:1");
+    assert_ok(ifkv_comm_thread_run(2, link_body, &it));
+    emu_fail(NULL);
+    assert_true(it.status[0] == IFKV_ERR_PEER && it.status[1] == IFKV_ERR_PEER);
+    free((char *)it.model);
+}
+
 int main(void) {
     setenv("IFKV_EMU_DEVICES", "9", 1);
     const struct CMUnitTest tests[] = {
@@ -285,6 +384,9 @@ int main(void) {
         cmocka_unit_test(an_initialisation_that_hangs_ends_at_the_limit),
         cmocka_unit_test(every_rank_needs_the_version_it_was_built_for),
         cmocka_unit_test(any_call_may_fail),
+        cmocka_unit_test(an_exchange_that_fits_nobody_ends_the_communicator),
+        cmocka_unit_test(memory_is_freed_in_time_where_a_peer_does_not_come),
+        cmocka_unit_test_setup_teardown(links_are_measured_by_nccl, dir_setup, dir_teardown),
         cmocka_unit_test(leaving_may_fail),
         cmocka_unit_test(results_become_the_status_that_is_promised),
         cmocka_unit_test(nccl_is_taken_where_each_rank_has_a_device),
