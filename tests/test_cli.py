@@ -360,12 +360,17 @@ class Requests(Tool):
                     self.assert_answer(done, 65, part)
 
     def test_model_larger_than_the_machine_is_refused_with_the_plan(self):
-        model = os.path.join(ROOT, "configs", "models", "Qwen3-14B")
+        with open(os.path.join(ROOT, "configs", "models", "Qwen3-14B", "config.json")) as f:
+            config = dict(json.load(f), num_hidden_layers=4000)
+        self.write_config(config)
+        # float32; four threads share one copy, and each counts a quarter
+        layer = 5120 * (2 + 2 * 40 * 128 + 2 * 8 * 128 + 3 * 17408) + 2 * 128
+        weights = f"{(4000 * layer + 2 * 151936 * 5120 + 5120) * 4 / 4 / 1e6:.1f} MB weights"
         for command in [["check"], ["prefill", "--out", self.path("out")]]:
             with self.subTest(command=command):
-                self.assert_answer(self.run_tool(*command, "--model", model, "--random-weights", "1", "--requests",
-                                                 self.write_requests([request()]), "--comm", "thread", "--ranks", "16"),
-                                   69, ":1", "MB weights", "59073.2")
+                self.assert_answer(self.run_tool(*command, "--model", self.model, "--random-weights", "1", "--requests",
+                                                 self.write_requests([request()]), "--comm", "thread", "--ranks", "4"),
+                                   69, "memory of a rank", weights)
 
     def test_million_tokens_are_read_and_measured_against_the_positions(self):
         self.assert_answer(self.prefill([request(chunks=[[5] * 1000000])]), 65, "1000009")
