@@ -12,7 +12,18 @@
 #include "cli.h"
 #include "engine.h"
 
-enum { BENCH_MAX_REPEAT = 64, BENCH_MAX_LENGTH = 64, BENCH_MAX_METHOD = 32, BENCH_NAME_BYTES = 48 };
+enum {
+    BENCH_CHUNK = 2048,
+    BENCH_MAX_REPEAT = 64,
+    BENCH_MAX_LENGTH = 64,
+    BENCH_MAX_METHOD = 32,
+    BENCH_NAME_BYTES = 48
+};
+
+/* Tokens of a chunk; 0: as the requests have them. */
+static inline int64_t bench_chunk(const cli_options *options) {
+    return options->chunk || options->requests ? options->chunk : BENCH_CHUNK;
+}
 
 /* One way to prefill, given as method[/exchange][/warm]. */
 typedef struct bench_method {

@@ -13,7 +13,7 @@
 #include "random.h"
 #include "status.h"
 
-enum { PROMPT_TOKENS = 32, DEFAULT_CHUNK = 2048, FIRST_ID = 10 };
+enum { PROMPT_TOKENS = 32, FIRST_ID = 10 };
 
 typedef struct measurement {
     bench_row row; /* of measured rows */
@@ -84,7 +84,7 @@ static bool is_full(const bench_method *method) {
 
 /* Seeded ids of a length, in chunks behind a prefix of one id, the last of them the prompt. */
 static ifkv_status make_request(const bench_run *run, int64_t n_token, ifkv_request *request) {
-    const int64_t chunk = run->options->chunk ? run->options->chunk : DEFAULT_CHUNK;
+    const int64_t chunk = bench_chunk(run->options);
     const int64_t n_context = n_token - PROMPT_TOKENS, n_own = n_context - 1;
     const int64_t n_chunk = (n_own + chunk - 1) / chunk;
     int32_t *token = malloc((size_t)(n_token + 1) * sizeof *token);
@@ -159,7 +159,7 @@ static ifkv_status run_once(bench_run *run, const ifkv_request *request, int i_m
     ifkv_prefill_options options = cli_prefill_options(run->options, NULL, NULL);
     options.method = method->method;
     if (*method->exchange) options.exchange = method->exchange;
-    options.chunk = 0;
+    if (!run->options->requests) options.chunk = 0; /* cut already */
     options.max_new = 0;
     options.store = method->is_warm ? bench_store_table(run->store) : NULL;
     ifkv_session *session = NULL;

@@ -42,11 +42,12 @@ static void print_head(const bench_report *report) {
     printf("# ifkv bench prefill: %s, %d layers, %.2f B parameters%s\n", o->model,
            report->info.n_layer, (double)report->info.n_parameter / 1e9,
            o->has_random_weights ? ", random weights" : "");
-    printf("# %s, backend %s, comm %s, %d ranks of %d threads, ratio %s, chunks of %lld; median of "
+    char chunk[32] = "as given";
+    if (bench_chunk(o)) snprintf(chunk, sizeof chunk, "of %lld", (long long)bench_chunk(o));
+    printf("# %s, backend %s, comm %s, %d ranks of %d threads, ratio %s, chunks %s; median of "
            "%lld runs, milliseconds\n",
            report->date, report->info.backend, report->comm, report->n_rank, report->info.n_thread,
-           o->ratio ? o->ratio : "0.15", (long long)(o->chunk ? o->chunk : 2048),
-           (long long)o->repeat);
+           o->ratio ? o->ratio : "0.15", chunk, (long long)o->repeat);
     const ifkv_rates *alone = &report->rates.alone, *shared = &report->rates.shared;
     if (report->is_emulated) {
         printf("# EMULATED device: errors mean something, times do not\n");
@@ -180,7 +181,8 @@ static json_t *row_object(const bench_report *report, const bench_row *row) {
     json_object_set_new(object, "floor_share", bench_real(floor_share(row)));
     json_object_set_new(object, "rates", rates_object(&report->rates));
     json_object_set_new(object, "model", json_string(o->model));
-    json_object_set_new(object, "chunk", json_integer(o->chunk ? o->chunk : 2048));
+    json_object_set_new(object, "chunk",
+                        bench_chunk(o) ? json_integer(bench_chunk(o)) : json_null());
     json_object_set_new(object, "date", json_string(report->date));
     json_object_set_new(object, "version", json_string(IFKV_VERSION));
     if (row->link)

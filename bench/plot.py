@@ -40,9 +40,10 @@ def name_of(row):
 
 def title_of(rows, link):
     row = rows[0]
+    chunk = f"of {row['chunk']}" if row["chunk"] else "as given"
     kind = f"PROJECTED, links {link}" if link else "measured"
     return (f"{os.path.basename(row['model'].rstrip('/'))}, {row['ranks']} ranks of {row['threads']} threads, {row['backend']}, "
-            f"ratio {row['ratio']}, chunks of {row['chunk']}\n{kind}, {row['date'][:10]}")
+            f"ratio {row['ratio']}, chunks {chunk}\n{kind}, {row['date'][:10]}")
 
 
 def draw_times(rows, link, path):

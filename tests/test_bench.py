@@ -146,6 +146,20 @@ class Bench(unittest.TestCase):
         self.assertIn("PROJECTED", text)
         self.assertNotIn("measured  ", text)
 
+    def test_requests_keep_their_chunks_or_are_cut(self):
+        path = os.path.join(self.dir, "requests.jsonl")
+        with open(path, "w") as f:
+            json.dump({"id": "r", "prefix": [1], "chunks": [list(range(3, 43)), list(range(5, 95))], "prompt": [7, 8]}, f)
+        command = [BIN, "bench", "prefill", "--model", self.dir, "--random-weights", "1", "--json", "--methods", "full,none", "--requests", path]
+        seen = []
+        for chunk in ([], ["--chunk", "64"], ["--chunk", "500"]):
+            done = subprocess.run([*command, *chunk], capture_output=True, text=True, timeout=120, check=True)
+            full, none = map(json.loads, done.stdout.splitlines())
+            seen.append((full["tokens"], none["chunk"], none["error"]))
+        self.assertEqual([s[:2] for s in seen], [(133, None), (133, 64), (133, 500)])
+        self.assertNotAlmostEqual(seen[0][2], seen[1][2], places=4)
+        self.assertLess(seen[2][2], 2e-5)  # one chunk behind the prefix is exact prefill
+
     def test_files_hold_the_rows_and_plots_are_drawn(self):
         out = os.path.join(self.dir, "out")
         self.bench("--lengths", "200,300", "--out", out)
