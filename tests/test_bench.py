@@ -17,7 +17,7 @@ CONFIG = {
 }
 
 
-class Bench(unittest.TestCase):
+class ModelFolder(unittest.TestCase):
     def setUp(self):
         self.temporary = tempfile.TemporaryDirectory()
         self.addCleanup(self.temporary.cleanup)
@@ -25,6 +25,8 @@ class Bench(unittest.TestCase):
         with open(os.path.join(self.dir, "config.json"), "w") as f:
             json.dump(CONFIG, f)
 
+
+class Bench(ModelFolder):
     def bench(self, *args, mpi=0, code=0):
         command = [BIN, "bench", "prefill", "--model", self.dir, "--random-weights", "1", "--threads", "1", "--chunk", "64", *args]
         done = subprocess.run((["mpirun", "-n", str(mpi)] if mpi else []) + command, capture_output=True, text=True, timeout=120)
@@ -191,20 +193,13 @@ class Bench(unittest.TestCase):
         self.assertNotIn("published", self.bench("--lengths", "300", "--methods", "full").stdout)
 
 
-class Operations(unittest.TestCase):
+class Operations(ModelFolder):
     """attention, gemm and comm, on the CPU and on the emulated device."""
 
     @classmethod
     def setUpClass(cls):
         if not EMU_BIN:
             print("SKIP: the emulated device's half of these tests, IFKV_EMU_BIN is not set")
-
-    def setUp(self):
-        self.temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(self.temporary.cleanup)
-        self.dir = self.temporary.name
-        with open(os.path.join(self.dir, "config.json"), "w") as f:
-            json.dump(CONFIG, f)
 
     def bench(self, kind, *args, program=BIN, mpi=0, code=0, **environment):
         command = (["mpirun", "-n", str(mpi)] if mpi else []) + [program, "bench", kind, *args]
