@@ -10,6 +10,7 @@
 
 #include <cerrno>
 #include <csignal>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -20,7 +21,7 @@
 
 namespace {
 
-enum : size_t { PAGE = 4096, ALIGN = 256, MAX_BOOK = 4096 };
+enum : size_t { PAGE = 4096, HUGE_PAGE = 2 << 20, ALIGN = 256, MAX_BOOK = 4096 };
 enum : unsigned char { POISON = 0xff, FENCE = 0xb5 };
 
 struct allocation {
@@ -156,12 +157,17 @@ cudaError_t emu::allocate(emu::kind kind, int device, size_t bytes, void **addre
     arm(b);
     const size_t rounded = (bytes + ALIGN - 1) / ALIGN * ALIGN;
     const size_t page_bytes = (rounded + PAGE - 1) / PAGE * PAGE;
-    char *base = (char *)mmap(nullptr, page_bytes + 2 * PAGE, PROT_NONE,
+    /* large ones in huge pages: rights change with every launch, and small pages change one by one
+     */
+    const size_t align = page_bytes >= HUGE_PAGE ? HUGE_PAGE : PAGE;
+    char *base = (char *)mmap(nullptr, page_bytes + PAGE + align, PROT_NONE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) return cudaErrorMemoryAllocation;
-    allocation a = {kind, device, base + PAGE, page_bytes, bytes, b.n_open};
+    char *pages = (char *)(((uintptr_t)base + align) / align * align);
+    allocation a = {kind, device, pages, page_bytes, bytes, b.n_open};
     char *first = a.pages + page_bytes - rounded;
     protect(a, PROT_READ | PROT_WRITE);
+    if (align == HUGE_PAGE) madvise(a.pages, page_bytes, MADV_HUGEPAGE); /* may be refused */
     memset(a.pages, FENCE, page_bytes);
     memset(first, POISON, bytes);
     if (kind == kind::device && b.is_guarded && !b.n_open) protect(a, PROT_NONE);
