@@ -214,8 +214,10 @@ static bool is_reader_gone(void) {
 }
 
 static int finish(ifkv_status status, ifkv_comm *comm) {
+    errno = 0; /* of an earlier write nothing but its failure is known */
     if (status == IFKV_OK && (fflush(stdout) || ferror(stdout)) && !is_reader_gone())
-        status = IFKV_FAIL(IFKV_ERR_IO, IFKV_E_OUT_WRITE, "standard output: %s", strerror(errno));
+        status = IFKV_FAIL(IFKV_ERR_IO, IFKV_E_OUT_WRITE, "standard output: %s",
+                           errno ? strerror(errno) : "a write failed");
     if (status != IFKV_OK) {
         const int size = comm ? ifkv_comm_size(comm) : 1;
         const bool is_alone = ifkv_last_error()->rank < 0 && size > 1;

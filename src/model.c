@@ -137,12 +137,12 @@ static ifkv_layer_weights layer_views(const ifkv_weight_plan *plan, void *base, 
 }
 
 static void set_views(const ifkv_weight_plan *plan, ifkv_model *model) {
-    void *base = model->base;
-    model->embed = view_of(plan, base, IFKV_WEIGHT_EMBED, 0);
-    model->final_norm = view_of(plan, base, IFKV_WEIGHT_FINAL_NORM, 0);
+    model->embed = view_of(plan, model->base, IFKV_WEIGHT_EMBED, 0);
+    model->final_norm = view_of(plan, model->base, IFKV_WEIGHT_FINAL_NORM, 0);
     model->lm_head =
-        model->config.is_tied ? model->embed : view_of(plan, base, IFKV_WEIGHT_LM_HEAD, 0);
-    for (int i = 0; i < model->config.n_layer; i++) model->layer[i] = layer_views(plan, base, i);
+        model->config.is_tied ? model->embed : view_of(plan, model->base, IFKV_WEIGHT_LM_HEAD, 0);
+    for (int i = 0; i < model->config.n_layer; i++)
+        model->layer[i] = layer_views(plan, model->base, i);
 }
 
 static const ifkv_model_options DEFAULTS = {false, 0};

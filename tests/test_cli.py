@@ -96,9 +96,11 @@ class Tool(unittest.TestCase):
 
 
 class Arguments(Tool):
+    # output of one buffer, and of many
+    SHORT_AND_LONG = (["version"], ["bench", "comm", "--comm", "thread", "--ranks", "2", "--lengths", ",".join(map(str, range(1, 40)))])
+
     def test_a_reader_that_has_gone_is_no_error(self):
-        lengths = ",".join(map(str, range(1, 40)))
-        for args in (["version"], ["bench", "comm", "--comm", "thread", "--ranks", "2", "--lengths", lengths]):  # one buffer; many
+        for args in self.SHORT_AND_LONG:
             reader, writer = os.pipe()
             os.close(reader)
             done = subprocess.run([BIN, *args], stdout=writer, stderr=subprocess.PIPE, timeout=60)
@@ -107,9 +109,11 @@ class Arguments(Tool):
             self.assertNotIn(b"error", done.stderr)
 
     def test_a_full_disk_is_an_error(self):
-        with open("/dev/full", "wb") as full:
-            done = subprocess.run([BIN, "version"], stdout=full, stderr=subprocess.PIPE, timeout=60)
-        self.assert_answer(done, 74, "standard output")
+        for args in self.SHORT_AND_LONG:
+            with open("/dev/full", "wb") as full:
+                done = subprocess.run([BIN, *args], stdout=full, stderr=subprocess.PIPE, timeout=60)
+            self.assert_answer(done, 74, "standard output")
+            self.assertNotIn(b"Success", done.stderr)
 
     def test_unknown_option_names_the_nearest(self):
         self.assert_answer(self.prefill([request()], "--metod", "full"), 2, "--metod", "--method")
