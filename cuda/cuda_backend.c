@@ -185,6 +185,11 @@ static ifkv_status cuda_rms_norm(ifkv_backend *backend, const ifkv_view *x, cons
     return ifkv_cuda_rms_norm(context_of(backend), x, weight, eps, out);
 }
 
+static ifkv_status cuda_angles(ifkv_backend *backend, const double *frequency,
+                               const int64_t *position, const ifkv_view *cos_sin) {
+    return ifkv_cuda_angles(context_of(backend), frequency, position, cos_sin);
+}
+
 static ifkv_status cuda_rope(ifkv_backend *backend, const ifkv_view *x, int n_head,
                              const ifkv_view *weight, double eps, const ifkv_view *cos_sin) {
     return ifkv_cuda_rope(context_of(backend), x, n_head, weight, eps, cos_sin);
@@ -270,6 +275,7 @@ static const ifkv_backend_ops cuda_ops = {
     .clock_ms = cuda_clock_ms,
     .matmul = cuda_matmul,
     .rms_norm = cuda_rms_norm,
+    .angles = cuda_angles,
     .rope = cuda_rope,
     .swiglu = cuda_swiglu,
     .gather = cuda_gather,

@@ -40,6 +40,9 @@ typedef struct ifkv_cuda_context {
 
 ifkv_status ifkv_cuda_rms_norm(const ifkv_cuda_context *context, const ifkv_view *x,
                                const ifkv_view *weight, double eps, const ifkv_view *out);
+/* Widths up to 128. */
+ifkv_status ifkv_cuda_angles(const ifkv_cuda_context *context, const double *frequency,
+                             const int64_t *position, const ifkv_view *cos_sin);
 ifkv_status ifkv_cuda_rope(const ifkv_cuda_context *context, const ifkv_view *x, int n_head,
                            const ifkv_view *weight, double eps, const ifkv_view *cos_sin);
 ifkv_status ifkv_cuda_swiglu(const ifkv_cuda_context *context, const ifkv_view *gate_up,

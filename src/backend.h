@@ -91,6 +91,7 @@ typedef struct ifkv_refit_args {
 static inline int64_t ifkv_refit_scratch(int d_head) {
     return 2 * (int64_t)d_head * d_head + 2 * (int64_t)d_head;
 }
+
 /* A stream of numbers, element i a function of key and i alone: z = mix(key + (i + 1) *
  * 0x9e3779b97f4a7c15) with the finaliser of splitmix64; the sum of the four 16-bit fields of z less
  * 2 * 65535, exact in float32, times scale, plus centre, each rounded by itself. */
@@ -133,6 +134,11 @@ typedef struct ifkv_backend_ops {
     /* out = x / sqrt(mean(x^2) + eps) * weight, per row; weight [1, n_col].  out may be x. */
     ifkv_status (*rms_norm)(ifkv_backend *backend, const ifkv_view *x, const ifkv_view *weight,
                             double eps, const ifkv_view *out);
+    /* cos_sin [n_row, d_head] float32 = the cosines of the d_head/2 pairs, then their sines, of
+     * position[i] * frequency[j]: product, cosine and sine are float64, rounded once.  position is
+     * any int64, in back-end memory; frequency [d_head / 2] (rope.h) a host array. */
+    ifkv_status (*angles)(ifkv_backend *backend, const double *frequency, const int64_t *position,
+                          const ifkv_view *cos_sin);
     /* In place on x [n_row, n_head * d_head]: where weight is not NULL ([1, d_head]) RMS norm of
      * every head, then rotation of the pairs (i, i + d_head/2) by cos_sin [n_row, d_head] float32
      * (cosines, then sines).

@@ -104,6 +104,7 @@ static const ifkv_backend_ops cpu_ops = {
     .clock_ms = cpu_clock_ms,
     .matmul = ifkv_cpu_matmul,
     .rms_norm = ifkv_cpu_rms_norm,
+    .angles = ifkv_cpu_angles,
     .rope = ifkv_cpu_rope,
     .swiglu = ifkv_cpu_swiglu,
     .gather = ifkv_cpu_gather,

@@ -74,6 +74,8 @@ ifkv_status ifkv_cpu_matmul(ifkv_backend *backend, const ifkv_view *x, const ifk
                             bool add_to_out, const ifkv_view *out);
 ifkv_status ifkv_cpu_rms_norm(ifkv_backend *backend, const ifkv_view *x, const ifkv_view *weight,
                               double eps, const ifkv_view *out);
+ifkv_status ifkv_cpu_angles(ifkv_backend *backend, const double *frequency, const int64_t *position,
+                            const ifkv_view *cos_sin);
 ifkv_status ifkv_cpu_rope(ifkv_backend *backend, const ifkv_view *x, int n_head,
                           const ifkv_view *weight, double eps, const ifkv_view *cos_sin);
 ifkv_status ifkv_cpu_swiglu(ifkv_backend *backend, const ifkv_view *gate_up, const ifkv_view *out);

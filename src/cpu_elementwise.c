@@ -1,5 +1,5 @@
-/* Row-wise operations: RMS norm, rotation, SwiGLU, gather and scatter, distances of rows, and the
- * exponential that they and attention share.
+/* Row-wise operations: RMS norm, angles, rotation, SwiGLU, gather and scatter, distances of rows,
+ * and the exponential that they and attention share.
  *
  * Knows no matrix product.  Rows are dealt to threads; a row is reduced over IFKV_CPU_LANES partial
  * sums in a fixed order, so its bits depend on its values alone. */
@@ -121,6 +121,24 @@ ifkv_status ifkv_cpu_rms_norm(ifkv_backend *backend, const ifkv_view *x, const i
     schedule(static) if (ifkv_cpu_is_large(n_row * n_col))
     for (int64_t row = 0; row < n_row; row++)
         norm_row(from + row * x->stride, weight->data, n_col, eps, to + row * out->stride);
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_cpu_angles(ifkv_backend *backend, const double *frequency, const int64_t *position,
+                            const ifkv_view *cos_sin) {
+    const int64_t n_row = cos_sin->n_row, half = cos_sin->n_col / 2;
+    IFKV_TRY(ifkv_view_check("angles", "cos_sin", cos_sin, IFKV_DTYPE_F32, n_row, 2 * half));
+    float *to = cos_sin->data;
+#pragma omp parallel for num_threads(backend->n_thread)                                            \
+    schedule(static) if (ifkv_cpu_is_large(n_row * half))
+    for (int64_t row = 0; row < n_row; row++)
+        for (int64_t i = 0; i < half; i++) {
+            /* At position 2^31 a double angle is still good to 2e-7 radians; float would not be
+             * good to one turn. */
+            const double angle = (double)position[row] * frequency[i];
+            to[row * cos_sin->stride + i] = (float)cos(angle);
+            to[row * cos_sin->stride + half + i] = (float)sin(angle);
+        }
     return IFKV_OK;
 }
 

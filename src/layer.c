@@ -5,12 +5,10 @@
 #include <string.h>
 
 #include "placement.h"
-#include "rope.h"
 
 ifkv_status ifkv_pass_init(ifkv_pass *pass, const ifkv_model *model, const ifkv_backend *backend,
                            const double *frequency, int64_t max_row, int64_t max_group) {
     const int64_t row_block = backend->ops->row_block;
-    const size_t row_bytes = (size_t)model->config.d_head * sizeof(float);
     memset(pass, 0, sizeof *pass);
     pass->model = model;
     pass->frequency = frequency;
@@ -18,8 +16,7 @@ ifkv_status ifkv_pass_init(ifkv_pass *pass, const ifkv_model *model, const ifkv_
     pass->max_block = max_row < row_block ? max_row : row_block;
     pass->max_n_block = max_row / row_block + max_group;
     pass->block = malloc(((size_t)pass->max_n_block + 1) * sizeof *pass->block);
-    pass->stage =
-        malloc((size_t)max_row * (row_bytes > sizeof(int64_t) ? row_bytes : sizeof(int64_t)) + 1);
+    pass->stage = malloc(((size_t)max_row + 1) * sizeof *pass->stage);
     if (!pass->block || !pass->stage) {
         ifkv_pass_fini(pass);
         return IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "pass of %lld rows: out of host memory",
@@ -38,6 +35,7 @@ void ifkv_pass_layout(ifkv_pass *pass, ifkv_arena *arena, ifkv_dtype dtype) {
     const ifkv_config *config = &pass->model->config;
     const int64_t rows = pass->max_row, block = pass->max_block, d_head = config->d_head;
     pass->row_id = ifkv_arena_take(arena, rows, sizeof *pass->row_id);
+    pass->position = ifkv_arena_take(arena, rows, sizeof *pass->position);
     pass->hidden = ifkv_arena_view(arena, dtype, rows, config->d_model);
     pass->cos_sin = ifkv_arena_view(arena, IFKV_DTYPE_F32, rows, d_head);
     pass->qkv =
@@ -71,18 +69,16 @@ ifkv_status ifkv_pass_begin(ifkv_pass *pass, ifkv_backend *backend, int64_t n_ro
     IFKV_REQUIRE(n_row <= pass->max_row, IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
                  "pass: got %lld rows, expected at most %lld", (long long)n_row,
                  (long long)pass->max_row);
-    const int d_head = pass->model->config.d_head;
+    const size_t bytes = (size_t)n_row * sizeof *pass->stage;
+    const ifkv_view hidden = ifkv_view_rows(&pass->hidden, 0, n_row),
+                    cos_sin = ifkv_view_rows(&pass->cos_sin, 0, n_row);
     pass->n_row = n_row;
     cut_blocks(pass, backend, n_group, group_begin);
 
-    int64_t *id = pass->stage;
-    for (int64_t i = 0; i < n_row; i++) id[i] = token[i];
-    IFKV_TRY(backend->ops->upload(backend, pass->row_id, id, (size_t)n_row * sizeof *id));
-    float *table = pass->stage;
-    ifkv_rope_table(pass->frequency, d_head, n_row, position, table);
-    IFKV_TRY(backend->ops->upload(backend, pass->cos_sin.data, table,
-                                  (size_t)(n_row * d_head) * sizeof *table));
-    const ifkv_view hidden = ifkv_view_rows(&pass->hidden, 0, n_row);
+    for (int64_t i = 0; i < n_row; i++) pass->stage[i] = token[i];
+    IFKV_TRY(backend->ops->upload(backend, pass->row_id, pass->stage, bytes));
+    IFKV_TRY(backend->ops->upload(backend, pass->position, position, bytes));
+    IFKV_TRY(backend->ops->angles(backend, pass->frequency, pass->position, &cos_sin));
     return backend->ops->gather(backend, &pass->model->embed, pass->row_id, &hidden);
 }
 

@@ -17,10 +17,11 @@ typedef struct ifkv_pass {
     int64_t n_row;              /* rows of this rank in the current pass */
     int64_t *block;             /* [max_n_block + 1] host, owned: boundaries of the row blocks */
     int64_t n_block, max_n_block;
-    void *stage; /* host, owned: ids and angles on their way to the back end */
+    int64_t *stage; /* [max_row] host, owned: ids on their way to the back end */
 
     /* Views of the arena; rows [max_row] unless said otherwise. */
     int64_t *row_id;    /* token ids */
+    int64_t *position;  /* rotary */
     ifkv_view hidden;   /* [., d_model] residual stream */
     ifkv_view cos_sin;  /* [., d_head] float32 */
     ifkv_view k_angles; /* [max_block, d_head] float32: the same angles for every block of K; data

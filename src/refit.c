@@ -4,8 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "rope.h"
-
 /* Share of the mean variance that is added to every variance.  0.3 and 1 did alike on the two
  * questions they were tried on (even ones of bench/README.md); nothing finer was searched. */
 static const double ridge = 0.3;
@@ -32,8 +30,7 @@ ifkv_status ifkv_refit_init(ifkv_refit *refit, const ifkv_backend *backend,
     refit->first = ifkv_select_first(shape->placement);
     refit->kept = kept;
     refit->n_kept = n_kept;
-    refit->stage = malloc((size_t)n_context * (size_t)shape->d_head * sizeof(float) +
-                          (size_t)n_context * sizeof *refit->stage);
+    refit->stage = malloc(((size_t)n_context + 1) * sizeof *refit->stage);
     IFKV_REQUIRE(refit->stage, IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "refit: out of host memory");
     return IFKV_OK;
 }
@@ -51,8 +48,9 @@ void ifkv_refit_layout(ifkv_refit *refit, const ifkv_exchange *exchange, ifkv_ar
         refit->stale[i] = ifkv_arena_view(arena, dtype, refit->n_selected, kv_cols(refit));
         refit->fresh[i] = ifkv_arena_view(arena, dtype, refit->n_selected, kv_cols(refit));
     }
-    refit->cos_sin =
-        ifkv_arena_view(arena, IFKV_DTYPE_F32, exchange->shape.placement->n_context, refit->d_head);
+    const int64_t n_context = exchange->shape.placement->n_context;
+    refit->position = ifkv_arena_take(arena, n_context, sizeof *refit->position);
+    refit->cos_sin = ifkv_arena_view(arena, IFKV_DTYPE_F32, n_context, refit->d_head);
     refit->scratch = ifkv_arena_take(arena, refit->n_head * ifkv_refit_scratch(refit->d_head),
                                      sizeof *refit->scratch);
 }
@@ -61,11 +59,10 @@ ifkv_status ifkv_refit_begin(ifkv_refit *refit, const ifkv_exchange *exchange,
                              const double *frequency, const int64_t *selected) {
     ifkv_backend *backend = exchange->backend;
     const int64_t n_context = exchange->shape.placement->n_context;
-    float *table = (float *)(refit->stage + n_context);
     for (int64_t i = 0; i < n_context; i++) refit->stage[i] = i;
-    ifkv_rope_table(frequency, refit->d_head, n_context, refit->stage, table);
-    IFKV_TRY(backend->ops->upload(backend, refit->cos_sin.data, table,
-                                  (size_t)(n_context * refit->d_head) * sizeof *table));
+    IFKV_TRY(backend->ops->upload(backend, refit->position, refit->stage,
+                                  (size_t)n_context * sizeof *refit->stage));
+    IFKV_TRY(backend->ops->angles(backend, frequency, refit->position, &refit->cos_sin));
     IFKV_TRY(backend->ops->upload(backend, refit->kept_row, refit->kept,
                                   (size_t)refit->n_kept * sizeof *refit->kept));
     return backend->ops->upload(backend, refit->selected, selected,

@@ -23,7 +23,7 @@ typedef struct ifkv_refit {
     int n_head, d_head;  /* K/V heads */
     int64_t n_selected;  /* at least one if on */
     int64_t first;       /* rows below, of chunk 0, stay */
-    int64_t *stage;      /* host, owned: indices and angles on their way to the back end */
+    int64_t *stage;      /* host, owned: indices on their way to the back end */
     const int64_t *kept; /* [n_kept] index of each row of the shard, borrowed */
     int64_t n_kept;
 
@@ -31,6 +31,7 @@ typedef struct ifkv_refit {
     int64_t *selected;            /* [n_selected] */
     int64_t *kept_row;            /* [n_kept], where the whole context lies apart from the shard */
     ifkv_view stale[2], fresh[2]; /* [n_selected, n_head * d_head] */
+    int64_t *position;            /* [n_context] */
     ifkv_view cos_sin;            /* [n_context, d_head] float32 */
     double *scratch;
 } ifkv_refit;

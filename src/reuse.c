@@ -5,7 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "rope.h"
 #include "session.h"
 #include "store_key.h"
 
@@ -57,6 +56,7 @@ void ifkv_reuse_layout(ifkv_session *session, ifkv_arena *arena) {
     ifkv_reuse *reuse = &session->reuse;
     const int d_head = session->engine->model.config.d_head;
     reuse->no_angles = ifkv_arena_view(arena, IFKV_DTYPE_F32, session->encode.max_block, d_head);
+    reuse->shard_position = ifkv_arena_take(arena, session->n_kept, sizeof *reuse->shard_position);
     reuse->shard_angles = ifkv_arena_view(arena, IFKV_DTYPE_F32, session->n_kept, d_head);
 }
 
@@ -245,17 +245,15 @@ static void list_misses(ifkv_session *session) {
 }
 
 /* Angles of position 0: multiplying by 1 and adding 0 leaves a number what it is. */
-static ifkv_status upload_no_angles(ifkv_session *session) {
+static ifkv_status make_no_angles(ifkv_session *session) {
     ifkv_backend *backend = session->engine->backend;
     const ifkv_view *to = &session->reuse.no_angles;
-    const int64_t half = to->n_col / 2;
-    float *table = session->encode.stage;
-    for (int64_t i = 0; i < to->n_row; i++)
-        for (int64_t j = 0; j < to->n_col; j++) table[i * to->n_col + j] = j < half ? 1 : 0;
-    IFKV_TRY(backend->ops->upload(backend, to->data, table,
-                                  (size_t)(to->n_row * to->n_col) * sizeof *table));
-    session->encode.k_angles = *to;
-    return IFKV_OK;
+    ifkv_pass *pass = &session->encode;
+    const size_t bytes = (size_t)to->n_row * sizeof *pass->stage;
+    memset(pass->stage, 0, bytes);
+    IFKV_TRY(backend->ops->upload(backend, pass->position, pass->stage, bytes));
+    pass->k_angles = *to;
+    return backend->ops->angles(backend, pass->frequency, pass->position, to);
 }
 
 static ifkv_status begin_misses(ifkv_session *session) {
@@ -270,7 +268,7 @@ static ifkv_status begin_misses(ifkv_session *session) {
     session->chunk_exchange.comm = session->engine->data;
     IFKV_TRY(backend->ops->upload(backend, session->span_begin, session->encode_stage, bytes));
     IFKV_TRY(backend->ops->upload(backend, session->span_end, session->encode_stage + n, bytes));
-    IFKV_TRY(upload_no_angles(session));
+    IFKV_TRY(make_no_angles(session));
     return ifkv_pass_begin(&session->encode, backend, n, session->encode_token,
                            session->encode_position, session->n_chunk, session->encode_begin);
 }
@@ -304,10 +302,10 @@ ifkv_status ifkv_reuse_place(ifkv_session *session) {
     const ifkv_config *config = &session->engine->model.config;
     const ifkv_view *angles = &session->reuse.shard_angles;
     const int64_t n = session->n_kept;
-    float *table = session->encode.stage; /* of n_encoded rows at least */
-    ifkv_rope_table(session->engine->frequency, config->d_head, n, session->position, table);
-    IFKV_TRY(backend->ops->upload(backend, angles->data, table,
-                                  (size_t)(n * config->d_head) * sizeof *table));
+    IFKV_TRY(backend->ops->upload(backend, session->reuse.shard_position, session->position,
+                                  (size_t)n * sizeof *session->position));
+    IFKV_TRY(backend->ops->angles(backend, session->engine->frequency,
+                                  session->reuse.shard_position, angles));
     for (int layer = 0; layer < config->n_layer; layer++) {
         const ifkv_view all = ifkv_kvcache_k(&session->cache, layer),
                         k = ifkv_view_rows(&all, 0, n);

@@ -32,9 +32,10 @@ typedef struct ifkv_reuse {
     ifkv_reuse_unit *unit; /* [n_unit] of this rank, in ascending index; owned */
     int64_t n_unit;
     char description[640];
-    ifkv_exchange_ops ops;  /* of the encode pass: the chunk exchange, but K arrives unrotated */
-    ifkv_view no_angles;    /* [max_block, d_head] float32: rotation by nothing */
-    ifkv_view shard_angles; /* [n_kept, d_head] float32 */
+    ifkv_exchange_ops ops;   /* of the encode pass: the chunk exchange, but K arrives unrotated */
+    ifkv_view no_angles;     /* [max_block, d_head] float32: rotation by nothing */
+    int64_t *shard_position; /* [n_kept] rotary, */
+    ifkv_view shard_angles;  /*   and their angles: [n_kept, d_head] float32 */
     int64_t n_hit, n_miss, n_row_hit;
 } ifkv_reuse;
 

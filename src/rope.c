@@ -1,4 +1,4 @@
-/* Rotary frequencies and tables.  See rope.h. */
+/* Rotary frequencies.  See rope.h. */
 #include "rope.h"
 
 #include <math.h>
@@ -22,20 +22,5 @@ void ifkv_rope_frequencies(const ifkv_config *config, double *frequency) {
     for (int i = 0; i < n_pair; i++) {
         const double f = pow(config->rope_theta, -2.0 * i / config->d_head);
         frequency[i] = config->rope_kind == IFKV_ROPE_LLAMA3 ? llama3_scale(config, f) : f;
-    }
-}
-
-void ifkv_rope_table(const double *frequency, int d_head, int64_t n_row, const int64_t *position,
-                     float *cos_sin) {
-    const int n_pair = d_head / 2;
-    for (int64_t i = 0; i < n_row; i++) {
-        float *row = cos_sin + i * d_head;
-        for (int j = 0; j < n_pair; j++) {
-            /* At position 2^31 a double angle is still good to 2e-7 radians; float would not be
-             * good to one turn. */
-            const double angle = (double)position[i] * frequency[j];
-            row[j] = (float)cos(angle);
-            row[n_pair + j] = (float)sin(angle);
-        }
     }
 }

@@ -17,7 +17,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "rope.h"
 #include "select.h"
 
 /* Question rows as an exchange: store keeps the question's K/V for the layer, attend merges context
@@ -47,10 +46,11 @@ typedef struct question_exchange {
     ifkv_view own_part;   /* [n_question, q + n_head] float32: over the question itself */
     ifkv_view lse;        /* [n_question, n_head] float32: over everything */
     ifkv_view shifted_k;  /* [kept rows, kv] keys of this layer in the geometry, if it moves them */
-    ifkv_view shift;      /* [kept rows, d_head] float32: cosines and sines of the way there */
-    ifkv_view lent;       /* [n_lent, 2 kv] K as placed, V, of this layer */
-    ifkv_view lent_part;  /* [n_question, q + n_head] float32: over the lent rows */
-    int64_t *lent_end;    /* [n_question] spans on them */
+    int64_t *shift_position; /* [kept rows] the way there, */
+    ifkv_view shift;         /*   and its angles: [kept rows, d_head] float32 */
+    ifkv_view lent;          /* [n_lent, 2 kv] K as placed, V, of this layer */
+    ifkv_view lent_part;     /* [n_question, q + n_head] float32: over the lent rows */
+    int64_t *lent_end;       /* [n_question] spans on them */
 } question_exchange;
 
 typedef struct select_infoflow {
@@ -117,6 +117,7 @@ static void question_layout(question_exchange *x, int64_t n_kept, ifkv_arena *ar
     if (!x->is_shifted) return;
     x->shifted_k = ifkv_arena_view(arena, ops->dtype, n_kept,
                                    (int64_t)x->base.shape.n_kv_head * x->base.shape.d_head);
+    x->shift_position = ifkv_arena_take(arena, n_kept, sizeof(int64_t));
     x->shift = ifkv_arena_view(arena, IFKV_DTYPE_F32, n_kept, x->base.shape.d_head);
 }
 
@@ -338,28 +339,23 @@ static void infoflow_layout(ifkv_selector *selector, ifkv_arena *arena) {
 
 /* The rotation of a row's K to its place in the geometry: from its index, or from none. */
 static ifkv_status begin_shift(question_exchange *x, const ifkv_select_input *input) {
-    const int64_t n_row = kept_rows(input), d_head = x->base.shape.d_head;
-    const size_t bytes = (size_t)(n_row * d_head) * sizeof(float);
-    int64_t *position = malloc((size_t)n_row * sizeof *position + 1);
-    float *table = malloc(bytes + 1);
-    ifkv_status status = IFKV_OK;
-    if (!position || !table)
-        status =
-            IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "selector infoflow: out of host memory");
-    for (int64_t i = 0, row = 0; i < input->placement->n_chunk && status == IFKV_OK; i++)
+    const ifkv_backend_ops *ops = input->backend->ops;
+    const int64_t n_row = kept_rows(input);
+    int64_t *position = malloc(((size_t)n_row + 1) * sizeof *position);
+    IFKV_REQUIRE(position, IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
+                 "selector infoflow: out of host memory");
+    for (int64_t i = 0, row = 0; i < input->placement->n_chunk; i++)
         for (int64_t index = input->placement->offset[i];
              input->placement->rank[i] == input->comm->rank &&
              index < input->placement->offset[i + 1];
              index++)
             position[row++] = ifkv_geometry_shift(input->geometry, input->placement, i, index) +
                               (input->is_unrotated ? index : 0);
-    if (status == IFKV_OK) {
-        ifkv_rope_table(input->frequency, (int)d_head, n_row, position, table);
-        status = input->backend->ops->upload(input->backend, x->shift.data, table, bytes);
-    }
+    const ifkv_status status =
+        ops->upload(input->backend, x->shift_position, position, (size_t)n_row * sizeof *position);
     free(position);
-    free(table);
-    return status;
+    IFKV_TRY(status);
+    return ops->angles(input->backend, input->frequency, x->shift_position, &x->shift);
 }
 
 /* Everything but the rows themselves, which are rows [first, ...) of the pass. */

@@ -255,6 +255,75 @@ static void rms_norm_of_zero_is_zero(void **state) {
     gen_matrix_destroy(&x), gen_matrix_destroy(&weight);
 }
 
+/* Angles of these positions [n] into to [n, 2 * half]. */
+static void make_angles(ifkv_backend *backend, const int64_t *position, const double *frequency,
+                        gen_matrix *to) {
+    int64_t *at = gen_upload(backend, position, (size_t)to->view.n_row * sizeof *position);
+    assert_ok(backend->ops->angles(backend, frequency, at, &to->view));
+    assert_true(gen_matrix_read(to));
+    backend->ops->free(backend, at);
+}
+
+/* Beyond 2^24 a float position would be off by whole radians. */
+static void angles_match_long_double(void **state) {
+    ifkv_backend *backend = *state;
+    enum { N_ROW = 300, N_FIXED = 5 };
+    static const int64_t fixed[N_FIXED] = {1, -1, 131071, -40000, (1 << 30) + 1};
+    const int64_t width[] = {2, 6, 64, 96, 128};
+    for (size_t s = 0; s < sizeof width / sizeof *width; s++) {
+        const int64_t half = width[s] / 2;
+        int64_t position[N_ROW];
+        double frequency[64];
+        gen_matrix to = make_of(backend, IFKV_DTYPE_F32, N_ROW, width[s], 3, GEN_POISON);
+        for (int64_t r = 0; r < N_ROW; r++)
+            position[r] = r < N_FIXED ? fixed[r] : gen_below(&noise, 1 << 20) - (1 << 18);
+        for (int64_t i = 0; i < half; i++) frequency[i] = pow(1e6, -(double)i / (double)half);
+        make_angles(backend, position, frequency, &to);
+        for (int64_t r = 0; r < N_ROW; r++)
+            for (int64_t i = 0; i < half; i++) {
+                const long double angle = (long double)position[r] * (long double)frequency[i];
+                /* the result's rounding below 1; the product's, in float64 */
+                const double tolerance = EPS / 4 * (1 + 1e-6) + (double)fabsl(angle) * 0x1p-53;
+                assert_near(*gen_at(&to, r, i), (double)cosl(angle), tolerance, "cosine", r, i);
+                assert_near(*gen_at(&to, r, half + i), (double)sinl(angle), tolerance, "sine", r,
+                            i);
+            }
+        gen_matrix_destroy(&to);
+    }
+}
+
+static void position_zero_turns_by_nothing(void **state) {
+    ifkv_backend *backend = *state;
+    const int64_t position[2] = {0, 0};
+    const double frequency[3] = {1, 0.3, 1e-3};
+    gen_matrix to = make_of(backend, IFKV_DTYPE_F32, 2, 6, 0, GEN_POISON);
+    make_angles(backend, position, frequency, &to);
+    for (int64_t i = 0; i < 12; i++) assert_true(to.value[i] == (i % 6 < 3 ? 1 : 0));
+    gen_matrix_destroy(&to);
+}
+
+/* (cos, sin) of a + b from those of a and b. */
+static void angles_add_up(void **state) {
+    ifkv_backend *backend = *state;
+    const int64_t a[] = {0, 1, 17, 40959, 1 << 25}, b[] = {-1, 5, -40000, 131072, 1 << 25};
+    double frequency[64];
+    for (int i = 0; i < 64; i++) frequency[i] = pow(1e6, -i / 64.0);
+    for (int i = 0; i < 5; i++) {
+        const int64_t position[3] = {a[i], b[i], a[i] + b[i]};
+        gen_matrix to = make_of(backend, IFKV_DTYPE_F32, 3, 128, 0, GEN_POISON);
+        make_angles(backend, position, frequency, &to);
+        for (int64_t j = 0; j < 64; j++) {
+            const double ca = *gen_at(&to, 0, j), sa = *gen_at(&to, 0, 64 + j),
+                         cb = *gen_at(&to, 1, j), sb = *gen_at(&to, 1, 64 + j);
+            /* four factors rounded to 2^-24 each */
+            assert_near(ca * cb - sa * sb, *gen_at(&to, 2, j), 4 * 0x1p-24 + 1e-8, "cosine", i, j);
+            assert_near(sa * cb + ca * sb, *gen_at(&to, 2, 64 + j), 4 * 0x1p-24 + 1e-8, "sine", i,
+                        j);
+        }
+        gen_matrix_destroy(&to);
+    }
+}
+
 static void rope_matches_float64(void **state) {
     ifkv_backend *backend = *state;
     const int shapes[][3] = {
@@ -532,6 +601,12 @@ static void operands_that_do_not_fit_are_refused(void **state) {
                  "element type");
     assert_fails(ops->rope(backend, &a.view, 3, NULL, 0, &one.view), status, IFKV_E_SHAPE,
                  "rope: x");
+    const int64_t position = 0;
+    const double frequency[4] = {0};
+    narrow = one.view;
+    narrow.dtype = IFKV_DTYPE_F16;
+    assert_fails(ops->angles(backend, frequency, &position, &narrow), status, IFKV_E_SHAPE,
+                 "angles: cos_sin");
     float distance[3];
     assert_fails(ops->row_distance(backend, &a.view, &one.view, distance), status, IFKV_E_SHAPE,
                  "row_distance: b");
@@ -667,6 +742,9 @@ int main(int argc, char **argv) {
         cmocka_unit_test(matmul_of_no_rows_is_nothing),
         cmocka_unit_test(rms_norm_matches_float64),
         cmocka_unit_test(rms_norm_of_zero_is_zero),
+        cmocka_unit_test(angles_match_long_double),
+        cmocka_unit_test(position_zero_turns_by_nothing),
+        cmocka_unit_test(angles_add_up),
         cmocka_unit_test(rope_matches_float64),
         cmocka_unit_test(quarter_turn_is_exact),
         cmocka_unit_test(swiglu_matches_float64),
