@@ -2,8 +2,10 @@
 
 Each case is one bad or odd input and its promised answer: exit code, one line that names the thing, no result.
 """
+import glob
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -223,6 +225,20 @@ class Arguments(Tool):
         done = self.prefill([request()], env={"IFKV_RATOI": "0.5"})
         self.assert_answer(done, 0)
         self.assertIn("IFKV_RATIO", done.stderr.decode())
+
+    @unittest.skipUnless(EMULATED, "IFKV_EMU_BIN is not set: the CUDA half is not built for the emulated device")
+    def test_variables_of_the_host_model_are_known_to_its_tool_alone(self):
+        read = set()
+        for path in glob.glob(os.path.join(ROOT, "tests", "emu", "*.cpp")):
+            with open(path) as f:
+                read.update(re.findall(r'(?:getenv|env_number)\("(IFKV_EMU_\w+)"', f.read()))
+        self.assertIn("IFKV_EMU_DEVICES", read)
+        model = dict.fromkeys(read, "1")
+        for tool, env, warned in [(EMULATED, model, set()), (EMULATED, {"IFKV_EMU_DEVICE": "1"}, {"IFKV_EMU_DEVICE"}), (BIN, model, read)]:
+            done = self.run_tool("version", tool=tool, env=env)
+            self.assert_answer(done, 0)
+            found = re.findall(r"warning: (IFKV_EMU_\w+) is not a variable", done.stderr.decode())
+            self.assertEqual(set(found) - {"IFKV_EMU_BIN"}, warned)  # which is the tests' own
 
     def test_bad_variable_is_named(self):
         self.assert_answer(self.prefill([request()], env={"IFKV_CHUNK": "x"}), 2, "IFKV_CHUNK")
