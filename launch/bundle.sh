@@ -5,7 +5,7 @@
 #   launch/bundle.sh [FILE]      FILE: default .cache/ifkv-bundle.tar.gz
 # There: tar xzf FILE && cmake -C ifkv-bundle/ifkv.cmake -S . -B build, and ifkv-bundle/bin/mpirun for several ranks on one
 # machine.  Programs so built find the libraries where the folder lay.  ifkv-bundle/README says which C library it needs.
-# Runs on Debian 12, x86-64, behind launch/setup.sh test and apt-get install patchelf.  Exit: 0 done, 2 usage, 69 something is missing here.
+# Runs on Debian 12, x86-64, and calls launch/setup.sh bundle first.  Exit: 0 done, 2 usage, 69 something is missing here.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 file=${1:-$root/.cache/ifkv-bundle.tar.gz}
@@ -17,10 +17,9 @@ fail() {
     printf 'bundle: error: %s\n' "$1" >&2
     exit 69
 }
-for package in libopenblas-pthread-dev libhdf5-dev libjansson-dev libxxhash-dev libcmocka-dev libopenmpi-dev openmpi-bin; do
-    dpkg -s "$package" >/dev/null 2>&1 || fail "package $package is not installed; run launch/setup.sh test"
-done
-command -v patchelf >/dev/null || fail 'patchelf is not installed; run apt-get install patchelf'
+[ "$(dpkg --print-architecture 2>/dev/null)" = amd64 ] || fail 'this is no x86-64 machine with Debian packages'
+"$root/launch/setup.sh" bundle
+dpkg -s openmpi-bin >/dev/null 2>&1 || fail "mpirun is here without package openmpi-bin, whose orterun fits the packed library"
 
 system=/usr/lib/x86_64-linux-gnu
 work=$(mktemp -d)
@@ -70,7 +69,7 @@ for plugin in "/usr/$mpi"/*.so; do
     grep -qE 'lib(oshmem|uc[pst]|fabric|ibverbs|psm.*|nl-3|mca_common_monitoring)\.so' <<<"$needed" || cp "$plugin" "$bundle/$mpi/"
 done
 cp -RL /usr/share/openmpi "$bundle/share/"
-cp "$(command -v orterun)" "$bundle/libexec/orterun"
+cp /usr/bin/orterun "$bundle/libexec/orterun"
 cp "$(readlink -f "$(command -v pkg-config)")" "$bundle/libexec/pkgconf"
 
 needs "$bundle"/lib/*.so.* "$bundle/$mpi"/*.so "$bundle"/libexec/* | while read -r path; do
@@ -98,7 +97,7 @@ cat >"$bundle/ifkv.cmake" <<'EOF'
 get_filename_component(bundle "${CMAKE_CURRENT_LIST_DIR}" REALPATH)
 set(CMAKE_PREFIX_PATH "${bundle}" CACHE PATH "")
 set(PKG_CONFIG_EXECUTABLE "${bundle}/bin/pkg-config" CACHE FILEPATH "")
-set(CMAKE_EXE_LINKER_FLAGS "-Wl,-rpath,${bundle}/lib" CACHE STRING "") # also when a link resolves libraries of libraries
+set(CMAKE_EXE_LINKER_FLAGS "-Wl,-rpath,\"${bundle}/lib\"" CACHE STRING "") # also when a link resolves libraries of libraries
 set(MPI_SKIP_COMPILER_WRAPPER ON CACHE BOOL "")
 set(MPI_C_LIB_NAMES mpi CACHE STRING "")
 set(MPI_mpi_LIBRARY "${bundle}/lib/libmpi.so" CACHE FILEPATH "")

@@ -108,9 +108,10 @@ reason() {
 }
 
 # step PART NAME LIMIT_S PATTERN COMMAND...: passes if COMMAND ends in time, exits 0 and prints a line of PATTERN, without which
-# a program that ran no test would pass.
+# a program that ran no test would pass.  Leaves the exit code in rc, nothing where COMMAND was not run.
 step() {
-    local part=$1 name=$2 limit=$3 pattern=$4 begin rc seconds
+    local part=$1 name=$2 limit=$3 pattern=$4 begin seconds
+    rc=''
     shift 4
     local left=$((deadline - SECONDS))
     if [ $left -lt 2 ]; then
@@ -340,33 +341,41 @@ part_sanitizer() {
     done
 }
 
-# bench NAME LIMIT_S COMMAND...: rows of JSON into bench.jsonl; its fastest row, or that nothing is to be learnt from times here
+# bench NAME LIMIT_S COMMAND...: rows of JSON into bench.jsonl, and what they come to.  Rows that were written before a limit count.
 bench() {
-    local name=$1 limit=$2
+    local name=$1 limit=$2 text
     shift 2
-    if step time "$name" "$limit" '^\{' "$@"; then
-        grep '^{' "$last" >>"$out/bench.jsonl"
-        rows[-1]=${rows[-1]%$'\t'*}$'\t'$(best_row)
-    fi
+    step time "$name" "$limit" '^\{' "$@"
+    case $rc in 0 | 124 | 137) ;; *) return ;; esac
+    grep '^{.*}$' "$last" >"$work/rows" || return
+    cat "$work/rows" >>"$out/bench.jsonl"
+    text=$(sum_up "$work/rows" 2>/dev/null) || text="$(wc -l <"$work/rows") rows"
+    [ "$rc" = 0 ] || text="no end within its limit; $text"
+    rows[-1]=${rows[-1]%$'\t'*}$'\t'$text
 }
-best_row() {
-    [ "$is_emulated" = 0 ] || { echo "$(grep -c '^{' "$last") rows, whose times mean nothing" && return; }
-    python3 - "$last" <<'EOF' || echo "$(grep -c '^{' "$last") rows"
+# Of each label the fastest row, of whole prefills the longest, and the worst error of all; times of the host model are null.
+sum_up() {
+    python3 - "$1" <<'EOF'
 import json, sys
-rows = [json.loads(line) for line in open(sys.argv[1]) if line.startswith("{")]
+rows = [json.loads(line) for line in open(sys.argv[1])]
 def rate(row):
-    return 0 if "ttft_ms" in row else row.get("tflops") or row.get("gb_per_s") or row.get("busbw_gbytes_per_s") or 0
+    return row.get("tflops") or row.get("gb_per_s") or row.get("busbw_gbytes_per_s") or 0
+def worth(row):
+    return row["tokens"] if row.get("ttft_ms") else 0 if "ttft_ms" in row else rate(row)
 def text(row):
-    unit = "TFLOP/s" if "tflops" in row else "GB/s"
     size = row.get("tokens", row.get("bytes", ""))
-    return f"{row.get('label')} {size} " + (f"{row['ttft_ms']:.1f} ms" if "ttft_ms" in row else f"{rate(row):.0f} {unit}")
+    value = f"{row['ttft_ms']:.1f} ms" if "ttft_ms" in row else f"{rate(row):.0f} " + ("TFLOP/s" if "tflops" in row else "GB/s")
+    return " ".join(str(x) for x in (row.get("label"), row.get("way", ""), size, value) if x != "")
 best = {}
-for row in rows: # of a label the fastest, of whole prefills the longest
+for row in rows:
     key = row.get("label"), row.get("way")
-    if row.get("ttft_ms") or rate(row):
-        if key not in best or rate(row) > rate(best[key]) or "ttft_ms" in row and row["tokens"] > best[key]["tokens"]:
-            best[key] = row
-print("; ".join(text(row) for row in best.values()) or f"{len(rows)} rows")
+    if worth(row) and (key not in best or worth(row) > worth(best[key])):
+        best[key] = row
+words = [text(row) for row in best.values()] or [f"{len(rows)} rows, whose times mean nothing"]
+errors = [row["error"] for row in rows if row.get("error") is not None]
+words += [f"error at most {max(errors):.1e}"] if errors else []
+words += [f"{sum(row['wrong'] for row in rows if 'wrong' in row)} wrong"] if any("wrong" in row for row in rows) else []
+print("; ".join(words))
 EOF
 }
 
@@ -382,15 +391,15 @@ part_time() {
         shape=$work/shape
     fi
     mkdir -p "$work/bench"
-    local lengths=2048,4096,8192,16384,32768 products=512,2048,4096,8192,32768 prefills=2048,8192,32768
-    [ "$is_emulated" = 0 ] || lengths=96 products=96 prefills=96
+    local lengths=2048,4096,8192,16384,32768 products=512,2048,4096,8192,32768 prefills=2048,8192,32768 chunk=2048
+    [ "$is_emulated" = 0 ] || lengths=96 products=96 prefills=96 chunk=32
     for name in Qwen3-14B Llama-3.1-8B; do
         bench "products, $name" 60 "$tool" bench gemm --backend cuda --model "${shape:-$root/configs/models/$name}" --lengths $products \
             --json --out "$work/bench/gemm-$name"
         bench "attention, $name" 60 "$tool" bench attention --backend cuda --model "${shape:-$root/configs/models/$name}" \
             --lengths $lengths --json --out "$work/bench/attention-$name"
         bench "prefill, $name" 100 "$tool" bench prefill --backend cuda --model "${shape:-$root/configs/models/$name}" --random-weights 1 \
-            --lengths $prefills --methods full,infoflow --json --out "$work/bench/prefill-$name"
+            --lengths $prefills --chunk $chunk --methods full,infoflow --json --out "$work/bench/prefill-$name"
     done
     bench 'movement of 2 ranks as threads' 40 "$tool" bench comm --backend cuda --comm thread --ranks 2 --json --out "$work/bench/comm"
     if [ "$is_emulated" = 1 ]; then

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes this machine able to build and run ifkv (`build`, the default) or also to test it (`test`).
+# Makes this machine able to build and run ifkv (`build`, the default), also to test it (`test`), also to pack its libraries
+# (`bundle`, for launch/bundle.sh).
 # Installs what launch/packages.txt and launch/requirements.txt name and nothing else; a second
 # call finds everything there, touches no network and returns at once.
 # Exit: 0 all there, 2 usage, 69 something is missing and cannot be installed from here.
@@ -90,8 +91,9 @@ make_venv() {
 case ${1-build} in
     build) sections=(build) ;;
     test) sections=(build test) ;;
+    bundle) sections=(build test bundle) ;;
     *)
-        printf 'usage: %s [build|test]\n' "$0" >&2
+        printf 'usage: %s [build|test|bundle]\n' "$0" >&2
         exit 2
         ;;
 esac

@@ -244,23 +244,38 @@ static ifkv_status read_environment(cli_options *options, unsigned set) {
     return IFKV_OK;
 }
 
+/* The variable nearest to `given` of the options' and of CLI_OTHER_VARIABLES, which CMakeLists.txt
+ * gives: what the code below this tool reads by itself, words with a space between.  Returns the
+ * distance. */
+static size_t nearest_variable(const char *given, char best[48]) {
+    size_t least = SIZE_MAX;
+    char name[48];
+    const char *other = CLI_OTHER_VARIABLES;
+    for (int i = 0; i < N_OPTION || *other; i++) {
+        if (i < N_OPTION) {
+            environment_name(table[i].name, name);
+        } else {
+            const size_t n = strcspn(other, " ");
+            snprintf(name, sizeof name, "%.*s", (int)n, other);
+            other += n + (other[n] != 0);
+        }
+        const size_t distance = edit_distance(given, name);
+        if (distance >= least) continue;
+        least = distance;
+        strcpy(best, name);
+    }
+    return least;
+}
+
 extern char **environ;
 
 void cli_environment_warn(void) {
     for (char **entry = environ; *entry; entry++) {
         if (strncmp(*entry, "IFKV_", 5)) continue;
         const size_t n = strcspn(*entry, "=");
-        size_t least = SIZE_MAX;
-        char best[48] = "", name[48], given[48], shown[IFKV_QUOTE_BYTES];
+        char best[48], given[48], shown[IFKV_QUOTE_BYTES];
         snprintf(given, sizeof given, "%.*s", (int)(n < 47 ? n : 47), *entry);
-        for (int i = 0; i < N_OPTION; i++) {
-            environment_name(table[i].name, name);
-            const size_t distance = edit_distance(given, name);
-            if (distance >= least) continue;
-            least = distance;
-            strcpy(best, name);
-        }
-        if (least)
+        if (nearest_variable(given, best))
             fprintf(stderr, "ifkv: warning: %s is not a variable of ifkv; the nearest is %s\n",
                     ifkv_quote(*entry, n, shown), best);
     }

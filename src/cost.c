@@ -303,6 +303,33 @@ double ifkv_cost_time(const ifkv_cost_model *model, const ifkv_cost_plan *plan, 
     return sum;
 }
 
+void ifkv_cost_fit_link(int n, const double *bytes, const double *seconds, double *message_s_p,
+                        double *link_p) {
+    static const double least = 1e-18; /* seconds a byte */
+    /* minimise the sum of (message_s u + slope v - 1)^2, u = 1 / seconds, v = bytes / seconds */
+    double uu = 0, uv = 0, vv = 0, u_sum = 0, v_sum = 0;
+    for (int i = 0; i < n; i++) {
+        const double u = 1 / seconds[i], v = bytes[i] / seconds[i];
+        uu += u * u;
+        uv += u * v;
+        vv += v * v;
+        u_sum += u;
+        v_sum += v;
+    }
+    const double determinant = uu * vv - uv * uv;
+    double message_s = (u_sum * vv - v_sum * uv) / determinant;
+    double slope = (v_sum * uu - u_sum * uv) / determinant;
+    if (message_s < 0) {
+        message_s = 0;
+        slope = v_sum / vv;
+    } else if (slope < 0) {
+        message_s = u_sum / uu;
+        slope = 0;
+    }
+    *message_s_p = message_s;
+    *link_p = 1 / fmax(slope, least);
+}
+
 bool ifkv_cost_takes_infoflow(double exact_ms, double infoflow_ms) {
     return infoflow_ms <= 0.97 * exact_ms;
 }

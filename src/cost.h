@@ -77,6 +77,12 @@ double ifkv_cost_seconds(const ifkv_rates *rates, const ifkv_cost_work *work);
 double ifkv_cost_time(const ifkv_cost_model *model, const ifkv_cost_plan *plan, ifkv_cost_way way,
                       const ifkv_rates *rates, double *stage);
 
+/* Fit seconds = *message_s_p + bytes / *link_p to n >= 2 messages of different lengths: least
+ * squares of errors relative to the times, for the longest would else be all that counts.  Neither
+ * comes out negative; a link is never faster than 1e18 bytes/s, which is no link. */
+void ifkv_cost_fit_link(int n, const double *bytes, const double *seconds, double *message_s_p,
+                        double *link_p);
+
 /* Is the approximation enough faster to be worth it (algorithm 9.4)? */
 bool ifkv_cost_takes_infoflow(double exact_ms, double infoflow_ms);
 

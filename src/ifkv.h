@@ -158,8 +158,9 @@ typedef struct ifkv_rates {
 } ifkv_rates;
 
 /* Measure rates, once an engine: products and attention at the model's shapes, element-wise passes,
- * messages of a few sizes; the same values on every rank, those of the slowest.  Takes a fraction
- * of a second for a small model.  Collective.  Errors: USAGE without weights, RESOURCE. */
+ * messages of a few sizes up to 16 MiB; the same values on every rank, those of the slowest.  Takes
+ * a fraction of a second for a small model.  Collective.  Errors: USAGE without weights, RESOURCE.
+ */
 ifkv_status ifkv_engine_measure(ifkv_engine *engine, ifkv_rates *rates);
 
 /* ---- chunk store ---- */

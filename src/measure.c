@@ -1,5 +1,5 @@
 /* Measure an engine's rates: products at the model's shapes, attention, element-wise passes, and
- * messages of a few sizes, on all ranks at once.  See ifkv.h.
+ * messages of a few sizes, to whose times a line is fitted, on all ranks at once.  See ifkv.h.
  *
  * Buffers live for the measurement only; weights are those of layer 0.  Best of a few repeats, the
  * slowest rank's of each rate: the clock of a busy machine errs upwards. */
@@ -8,12 +8,16 @@
 #include <string.h>
 
 #include "arena.h"
+#include "cost.h"
 #include "engine.h"
 
-enum { N_REPEAT = 4, MIN_ROW = 128, MAX_ROW = 512, N_SIZE = 3 };
+enum { N_REPEAT = 4, MIN_ROW = 128, MAX_ROW = 512, N_SIZE = 5, LEAST_SIZE = 2 };
 static const double row_flop = 4e9;  /* rows are as many as make so many FLOP in a layer */
 static const double shortest = 1e-9; /* seconds: a clock can tell no less */
-static const size_t message_bytes[N_SIZE] = {1 << 10, 1 << 16, 1 << 20};
+/* NVLink comes to its bandwidth at megabytes, which is also what K/V of a layer are (hopper 11). */
+static const size_t message_bytes[N_SIZE] = {1 << 10, 1 << 16, 1 << 20, 1 << 22, 1 << 24};
+static const size_t most_bytes = 64 << 20; /* of all ranks' pieces, from the fourth size on */
+static const double messages_s = 0.25;     /* what messages may take: slow links stop early */
 
 typedef struct bench {
     ifkv_engine *engine;
@@ -134,51 +138,84 @@ static ifkv_status measure_arithmetic(bench *b, ifkv_rates *rates) {
     return IFKV_OK;
 }
 
-/* Seconds of one gather, of back-end memory and as the exchanges move it. */
-static ifkv_status ping(ifkv_engine *engine, char *buffer, const size_t *bytes,
-                        const size_t *offset, double *seconds_p) {
-    ifkv_backend *backend = engine->backend;
+/* Gathers of back-end memory, as the exchanges move it. */
+typedef struct pings {
+    ifkv_engine *engine;
+    char *buffer;           /* back-end memory */
+    size_t *bytes, *offset; /* [ranks] */
+    double spent;           /* seconds of all so far */
+} pings;
+
+static void set_length(pings *p, size_t length) {
+    for (int r = 0; r < p->engine->comm->size; r++) {
+        p->bytes[r] = length;
+        p->offset[r] = (size_t)r * length;
+    }
+}
+
+/* Seconds of one gather on the slowest rank, the same on every rank: they decide on what follows.
+ */
+static ifkv_status ping(const pings *p, double *seconds_p) {
+    ifkv_engine *engine = p->engine;
     IFKV_TRY(ifkv_comm_barrier(engine->comm));
     const double begin = now(engine);
-    IFKV_TRY(ifkv_comm_all_gather(engine->data, buffer + offset[engine->comm->rank], buffer, bytes,
-                                  offset));
-    IFKV_TRY(backend->ops->sync(backend));
-    *seconds_p = now(engine) - begin;
+    IFKV_TRY(ifkv_comm_all_gather(engine->data, p->buffer + p->offset[engine->comm->rank],
+                                  p->buffer, p->bytes, p->offset));
+    IFKV_TRY(engine->backend->ops->sync(engine->backend));
+    int64_t ps = (int64_t)(1e12 * (now(engine) - begin));
+    IFKV_TRY(ifkv_comm_all_reduce_i64(engine->comm, &ps, 1, IFKV_REDUCE_MAX));
+    *seconds_p = fmax(1e-12 * (double)ps, shortest);
     return IFKV_OK;
 }
 
-/* The smallest message has no length to speak of; of the larger ones the slowest byte counts. */
+/* The fastest of a few, of which one is sent in any case. */
+static ifkv_status best_ping(pings *p, size_t length, double *best_p) {
+    double best = INFINITY;
+    set_length(p, length);
+    for (int i = 0; i < N_REPEAT && (i == 0 || p->spent < messages_s); i++) {
+        double seconds = 0;
+        IFKV_TRY(ping(p, &seconds));
+        p->spent += seconds;
+        best = fmin(best, seconds);
+    }
+    *best_p = best;
+    return IFKV_OK;
+}
+
+/* Two sizes in any case, then as long as the next in proportion leaves the time within bounds. */
+static ifkv_status fit_pings(pings *p, int n_size, ifkv_rates *rates) {
+    const double others = p->engine->comm->size - 1;
+    double length[N_SIZE], seconds[N_SIZE], warm_up = 0; /* a first gather may make connections */
+    int n = 0;
+    set_length(p, message_bytes[0]);
+    IFKV_TRY(ping(p, &warm_up));
+    for (; n < n_size; n++) {
+        length[n] = (double)message_bytes[n];
+        if (n >= LEAST_SIZE &&
+            p->spent + others * seconds[n - 1] * length[n] / length[n - 1] > messages_s)
+            break;
+        IFKV_TRY(best_ping(p, message_bytes[n], &seconds[n]));
+        seconds[n] /= others; /* of a message */
+    }
+    ifkv_cost_fit_link(n, length, seconds, &rates->message_s, &rates->link);
+    return IFKV_OK;
+}
+
 static ifkv_status measure_messages(ifkv_engine *engine, ifkv_rates *rates) {
     ifkv_comm *comm = engine->comm;
     const size_t size = (size_t)comm->size;
-    double first = 0;
     if (size == 1) return IFKV_OK;
+    int n_size = LEAST_SIZE + 1;
+    while (n_size < N_SIZE && size * message_bytes[n_size] <= most_bytes) n_size++;
     void *buffer = NULL;
-    size_t *bytes = calloc(2 * size, sizeof *bytes), *offset = bytes + size;
+    size_t *bytes = calloc(2 * size, sizeof *bytes);
     ifkv_status status =
-        bytes ? ifkv_comm_alloc(engine->data, engine->backend, size * message_bytes[N_SIZE - 1],
+        bytes ? ifkv_comm_alloc(engine->data, engine->backend, size * message_bytes[n_size - 1],
                                 &buffer)
               : IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "measure: out of host memory");
     IFKV_TRY_GOTO(status, ifkv_comm_agree(comm, status, NULL), out);
-    rates->link = INFINITY;
-    for (int s = 0; s < N_SIZE; s++) {
-        double best = INFINITY;
-        for (size_t r = 0; r < size; r++) {
-            bytes[r] = message_bytes[s];
-            offset[r] = r * message_bytes[s];
-        }
-        for (int i = 0; i < N_REPEAT; i++) {
-            double seconds = 0;
-            IFKV_TRY_GOTO(status, ping(engine, buffer, bytes, offset, &seconds), out);
-            best = fmin(best, seconds);
-        }
-        const double others = (double)size - 1;
-        if (s == 0) rates->message_s = best / others;
-        if (s == 0) first = best;
-        if (s > 0)
-            rates->link = fmin(rates->link, others * (double)(message_bytes[s] - message_bytes[0]) /
-                                                fmax(best - first, shortest));
-    }
+    pings p = {.engine = engine, .buffer = buffer, .bytes = bytes, .offset = bytes + size};
+    status = fit_pings(&p, n_size, rates);
 out:
     if (buffer) ifkv_comm_free(engine->data, engine->backend, buffer);
     free(bytes);

@@ -147,6 +147,76 @@ static void rates_are_measured_and_equal_on_all_ranks(void **state) {
     }
 }
 
+/* A link that takes the time of a line, on a clock that nothing else moves. */
+typedef struct line_link {
+    ifkv_comm_ops comm; /* first: found from a communicator's ops */
+    const ifkv_comm_ops *real;
+    double message_s, link, *ms;
+    size_t longest;
+    int n_call;
+} line_link;
+typedef struct line_clock {
+    ifkv_backend_ops backend; /* first */
+    double ms;
+} line_clock;
+
+static double line_ms(ifkv_backend *backend) {
+    return ((const line_clock *)backend->ops)->ms;
+}
+static ifkv_status line_all_gather(ifkv_comm *comm, const void *send, void *recv,
+                                   const size_t *bytes, const size_t *offset) {
+    line_link *it = (line_link *)comm->ops;
+    for (int r = 0; r < comm->size; r++) {
+        if (r != comm->rank) *it->ms += 1e3 * (it->message_s + (double)bytes[r] / it->link);
+        if (bytes[r] > it->longest) it->longest = bytes[r];
+    }
+    it->n_call++;
+    return it->real->all_gather(comm, send, recv, bytes, offset);
+}
+
+static ifkv_status measure_line(ifkv_engine *engine, double message_s, double link, size_t longest,
+                                int n_call) {
+    line_clock clock = {.backend = *engine->backend->ops};
+    line_link line = {.comm = *engine->data->ops, .real = engine->data->ops, .ms = &clock.ms};
+    const ifkv_backend_ops *real = engine->backend->ops;
+    ifkv_rates rates = {.size = sizeof rates};
+    line.message_s = message_s;
+    line.link = link;
+    line.comm.all_gather = line_all_gather;
+    clock.backend.clock_ms = line_ms;
+    engine->data->ops = &line.comm;
+    engine->backend->ops = &clock.backend;
+    engine->has_rates = false;
+    const ifkv_status status = ifkv_engine_measure(engine, &rates);
+    engine->data->ops = line.real;
+    engine->backend->ops = real;
+    IFKV_TRY(status);
+    /* times of at least 16 us are told to 1 ps, rates to a byte a second */
+    bool ok = fabs(rates.link - link) < 1 + 1e-6 * link;
+    ok = ok && fabs(rates.message_s - message_s) < 1e-6 * message_s;
+    ok = ok && line.longest == longest && line.n_call == n_call;
+    return agree_true(engine->comm, ok);
+}
+
+enum { KIB = 1 << 10, MIB = 1 << 20 };
+
+/* Three ranks, two messages a gather, four gathers a size behind one to warm up; 0.25 s in all. */
+static ifkv_status lines(ifkv_engine *engine) {
+    IFKV_TRY(measure_line(engine, 8e-6, 330e9, 16 * MIB, 1 + 5 * 4));
+    IFKV_TRY(measure_line(engine, 1e-3, 1e9, 16 * MIB, 1 + 4 * 4 + 4));
+    /* 64 KiB take 15 ms, hence 1 MiB perhaps 0.24 s, and 0.07 s are spent */
+    IFKV_TRY(measure_line(engine, 1e-3, 10e6, 64 * KIB, 1 + 2 * 4));
+    /* 64 KiB take 1.3 s: once, for without a second size there is no line */
+    return measure_line(engine, 1e-3, 1e5, 64 * KIB, 1 + 4 + 1);
+}
+
+static void links_are_measured_up_to_megabytes_in_a_bounded_time(void **state) {
+    (void)state;
+    tiny_run run = run_with("auto", lines, NULL);
+    assert_ok(tiny_run_on(3, &run));
+    tiny_run_fini(&run);
+}
+
 static ifkv_status plans_for_both(ifkv_engine *engine) {
     ifkv_prefill_options options = {.size = sizeof options, .ratio = "0.1"};
     const char *const methods[] = {"auto", "infoflow", engine->comm->size > 1 ? "ring" : "full"};
@@ -219,6 +289,7 @@ int main(void) {
         cmocka_unit_test(what_runs_follows_the_rates),
         cmocka_unit_test(i23_rates_that_differ_stop_all),
         cmocka_unit_test(rates_are_measured_and_equal_on_all_ranks),
+        cmocka_unit_test(links_are_measured_up_to_megabytes_in_a_bounded_time),
         cmocka_unit_test(memory_is_planned_for_either_method),
         cmocka_unit_test(i25_sessions_receive_the_bytes_of_the_cost_model),
     };

@@ -2,10 +2,14 @@
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import unittest
 
 import h5py
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from ranks import mpirun
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BIN = os.environ.get("IFKV_BIN", os.path.join(ROOT, "build", "ifkv"))
@@ -29,7 +33,7 @@ class ModelFolder(unittest.TestCase):
 class Bench(ModelFolder):
     def bench(self, *args, mpi=0, code=0):
         command = [BIN, "bench", "prefill", "--model", self.dir, "--random-weights", "1", "--threads", "1", "--chunk", "64", *args]
-        done = subprocess.run((["mpirun", "-n", str(mpi)] if mpi else []) + command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*mpirun(mpi, BIN), *command], capture_output=True, text=True, timeout=120)
         self.assertEqual(done.returncode, code, done.stderr)
         return done
 
@@ -202,7 +206,7 @@ class Operations(ModelFolder):
             print("SKIP: the emulated device's half of these tests, IFKV_EMU_BIN is not set")
 
     def bench(self, kind, *args, program=BIN, mpi=0, code=0, **environment):
-        command = (["mpirun", "-n", str(mpi)] if mpi else []) + [program, "bench", kind, *args]
+        command = [*mpirun(mpi, program), program, "bench", kind, *args]
         if kind in ("attention", "gemm"):
             command += ["--model", self.dir]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})

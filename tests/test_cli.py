@@ -2,18 +2,24 @@
 
 Each case is one bad or odd input and its promised answer: exit code, one line that names the thing, no result.
 """
+import glob
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
 
 import h5py
 import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from ranks import has_mpi, mpirun
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BIN = os.environ.get("IFKV_BIN", os.path.join(ROOT, "build", "ifkv"))
@@ -69,9 +75,7 @@ class Tool(unittest.TestCase):
 
     def run_tool(self, *args, mpi=0, timeout=60, stdin=None, env=None, tool=None, **more):
         command = [tool or BIN, *args]
-        if mpi:
-            command = ["mpirun", "-n", str(mpi), *command]
-        return subprocess.run(command, capture_output=True, timeout=timeout, input=stdin,
+        return subprocess.run([*mpirun(mpi, command[0]), *command], capture_output=True, timeout=timeout, input=stdin,
                               env=dict(os.environ, **(env or {})), **more)
 
     def prefill(self, requests, *args, out="out", **more):
@@ -223,6 +227,20 @@ class Arguments(Tool):
         done = self.prefill([request()], env={"IFKV_RATOI": "0.5"})
         self.assert_answer(done, 0)
         self.assertIn("IFKV_RATIO", done.stderr.decode())
+
+    @unittest.skipUnless(EMULATED, "IFKV_EMU_BIN is not set: the CUDA half is not built for the emulated device")
+    def test_variables_of_the_host_model_are_known_to_its_tool_alone(self):
+        read = set()
+        for path in glob.glob(os.path.join(ROOT, "tests", "emu", "*.cpp")):
+            with open(path) as f:
+                read.update(re.findall(r'(?:getenv|env_number)\("(IFKV_EMU_\w+)"', f.read()))
+        self.assertIn("IFKV_EMU_DEVICES", read)
+        model = dict.fromkeys(read, "1")
+        for tool, env, warned in [(EMULATED, model, set()), (EMULATED, {"IFKV_EMU_DEVICE": "1"}, {"IFKV_EMU_DEVICE"}), (BIN, model, read)]:
+            done = self.run_tool("version", tool=tool, env=env)
+            self.assert_answer(done, 0)
+            found = re.findall(r"warning: (IFKV_EMU_\w+) is not a variable", done.stderr.decode())
+            self.assertEqual(set(found) - {"IFKV_EMU_BIN"}, warned)  # which is the tests' own
 
     def test_bad_variable_is_named(self):
         self.assert_answer(self.prefill([request()], env={"IFKV_CHUNK": "x"}), 2, "IFKV_CHUNK")
@@ -431,9 +449,7 @@ class Output(Tool):
         items = [request(id=str(i), chunks=[[5 + i % 50] * 300, [7] * 200]) for i in range(60)]
         args = [BIN, "prefill", "--model", self.model, "--random-weights", "1", "--requests", self.write_requests(items),
                 "--out", self.path("out"), "--max-new", "4", "--resume", *(["--ranks", str(ranks)] if ranks > 0 else [])]
-        if ranks < 0:
-            args = ["mpirun", "-n", str(-ranks), *args]
-        process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen([*mpirun(max(-ranks, 0), BIN), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         until = time.time() + 30
         while time.time() < until:
             try:
@@ -635,7 +651,7 @@ class Ranks(Tool):
     def test_killed_rank_ends_the_job_within_10_seconds(self):
         items = [request(id=str(i), chunks=[[5 + i % 50] * 400 for _ in range(4)]) for i in range(2000)]
         self.write_requests(items)
-        process = subprocess.Popen(["mpirun", "-n", "3", BIN, "prefill", "--model", self.model, "--random-weights", "1",
+        process = subprocess.Popen([*mpirun(3, BIN), BIN, "prefill", "--model", self.model, "--random-weights", "1",
                                     "--requests", self.path("requests.jsonl"), "--out", self.path("out"), "--quiet"],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
@@ -656,13 +672,14 @@ class Ranks(Tool):
         self.assert_answer(self.run_tool("verify", self.path("out")), 0)
 
     def test_copies_of_one_rank_are_refused(self):
-        self.assert_answer(self.prefill([request()], env={"OMPI_COMM_WORLD_SIZE": "4", "PMIX_RANK": ""}), 69)
+        done = self.prefill([request()], env={"OMPI_COMM_WORLD_SIZE": "4", "PMIX_RANK": ""})
+        self.assert_answer(done, 69 if has_mpi(BIN) else 78, "mpi")
 
     def test_ranks_that_were_started_differently_are_refused(self):
         self.write_requests([request()])
         common = ["prefill", "--model", self.model, "--random-weights", "1", "--requests", self.path("requests.jsonl"),
                   "--out", self.path("out")]
-        done = subprocess.run(["mpirun", "-n", "1", BIN, *common, ":", "-n", "1", BIN, *common, "--ratio", "0.5"],
+        done = subprocess.run([*mpirun(1, BIN), BIN, *common, ":", "-n", "1", BIN, *common, "--ratio", "0.5"],
                               capture_output=True, timeout=60)
         self.assert_answer(done, 70, "rank 1")
 

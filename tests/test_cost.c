@@ -240,6 +240,58 @@ static void the_slowest_rank_counts(void **state) {
     ifkv_placement_fini(&longest);
 }
 
+/* ---- the line of a link ---- */
+
+static const double lengths[] = {1024, 65536, 1048576, 4194304, 16777216};
+enum { N_LENGTH = sizeof lengths / sizeof *lengths };
+
+/* Rounding: 1 / t and x / t are good to 2^-53, the determinant loses the digits that its terms
+ * share.  It is uu vv sin^2 of the angle between 1 / t and x / t, at least 1e-3 of uu vv here. */
+static void a_line_is_found_from_any_two_of_its_points(void **state) {
+    (void)state;
+    const double lines[][2] = {{8e-6, 330e9}, {1e-3, 10e6}, {5e-5, 1.2e10}};
+    for (size_t l = 0; l < sizeof lines / sizeof *lines; l++) {
+        double seconds[N_LENGTH], message_s, link;
+        for (int i = 0; i < N_LENGTH; i++) seconds[i] = lines[l][0] + lengths[i] / lines[l][1];
+        for (int n = 2; n <= N_LENGTH; n++)
+            for (int begin = 0; begin + n <= N_LENGTH; begin++) {
+                ifkv_cost_fit_link(n, lengths + begin, seconds + begin, &message_s, &link);
+                assert_true(fabs(message_s / lines[l][0] - 1) < 1e-9);
+                assert_true(fabs(link / lines[l][1] - 1) < 1e-9);
+            }
+    }
+}
+
+/* At the least squares the relative residuals are orthogonal to what the two parameters scale. */
+static void off_a_line_relative_errors_are_least(void **state) {
+    (void)state;
+    const double seconds[N_LENGTH] = {9e-6, 8.2e-6, 1.4e-5, 2.0e-5, 6.1e-5};
+    double message_s, link, with_message = 0, with_length = 0, scale = 0;
+    ifkv_cost_fit_link(N_LENGTH, lengths, seconds, &message_s, &link);
+    for (int i = 0; i < N_LENGTH; i++) {
+        const double residual = (message_s + lengths[i] / link) / seconds[i] - 1;
+        with_message += residual * message_s / seconds[i];
+        with_length += residual * lengths[i] / link / seconds[i];
+        scale += fabs(residual);
+    }
+    assert_true(scale > 0.1); /* or this said nothing */
+    assert_true(fabs(with_message) < 1e-12 * scale && fabs(with_length) < 1e-12 * scale);
+}
+
+static void neither_a_message_nor_a_byte_takes_less_than_no_time(void **state) {
+    (void)state;
+    double message_s, link;
+    /* 1 and 12 seconds of 1 and 4 bytes: through the origin, 1 / link = (1 + 4/12) / (1 + 16/144)
+     */
+    ifkv_cost_fit_link(2, (double[]){1, 4}, (double[]){1, 12}, &message_s, &link);
+    assert_true(message_s == 0);
+    assert_true(fabs(link - (10.0 / 9) / (4.0 / 3)) < 1e-15);
+    /* 2 and 1 seconds of 1 and 4 bytes: level, message = (1/2 + 1) / (1/4 + 1) */
+    ifkv_cost_fit_link(2, (double[]){1, 4}, (double[]){2, 1}, &message_s, &link);
+    assert_true(fabs(message_s - 1.2) < 1e-15);
+    assert_true(fabs(link / 1e18 - 1) < 1e-15);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(floors_of_qwen3_14b_equal_the_table),
@@ -248,6 +300,9 @@ int main(void) {
         cmocka_unit_test(ranks_and_exact_exchanges_share_the_same_work),
         cmocka_unit_test(slices_share_the_causal_triangle),
         cmocka_unit_test(the_slowest_rank_counts),
+        cmocka_unit_test(a_line_is_found_from_any_two_of_its_points),
+        cmocka_unit_test(off_a_line_relative_errors_are_least),
+        cmocka_unit_test(neither_a_message_nor_a_byte_takes_less_than_no_time),
     };
     return cmocka_run_group_tests_name("cost", tests, load_configs, NULL);
 }

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """The ifkv tool on the emulated device against the float64 reference, on the tiny models of tests/reference: python3
-tests/test_device_golden.py.  On 1, 2 and 4 ranks, as threads of one process and, under mpirun, over the stand-in for NCCL.
+tests/test_device_golden.py.  On 1, 2 and 4 ranks, as threads of one process and, under mpirun, over the stand-in for NCCL
+(left out where the tool was built without MPI).
 
 Environment: IFKV_BIN names the tool with the emulated device, IFKV_DEVICE_GOLDEN=all takes every model and case instead
 of those of SOME.  Needs numpy and h5py.
@@ -28,10 +29,11 @@ import h5py  # noqa: E402
 import numpy as np  # noqa: E402
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "reference"))
+sys.path[:0] = [HERE, os.path.join(HERE, "reference")]
 import ifkv_reference as reference  # noqa: E402
 import make_models  # noqa: E402
 import narrow_reference  # noqa: E402
+from ranks import has_mpi, mpirun  # noqa: E402
 
 BINARY = os.environ.get("IFKV_BIN", os.path.join(os.path.dirname(HERE), "build", "ifkv-emu"))
 BOUND = 1.5
@@ -39,7 +41,7 @@ RANKS_GAP = 1e-3
 RUN_TIMEOUT_S = 300
 # d_head 64 with K/V heads for three query heads each, and d_head 128 with one for one.
 SOME = {"llama_g3_scaled_sharded": ("one_token_chunk",), "qwen3_g1_wide": ("no_prefix",)}
-WAYS = (("self", 1), ("thread", 2), ("thread", 4), ("nccl", 2), ("nccl", 4))
+WAYS = (("self", 1), ("thread", 2), ("thread", 4)) + ((("nccl", 2), ("nccl", 4)) if has_mpi(BINARY) else ())
 
 
 @dataclasses.dataclass
@@ -129,7 +131,7 @@ def run_tool(out, cases, method, way):
                "--comm", comm]
     command += ["--score-layers", "published", "--save-scores"] if method == "infoflow" else []
     command += ["--ranks", str(ranks)] if comm == "thread" else []
-    command = ["mpirun", "-n", str(ranks), *command] if comm == "nccl" else command
+    command = [*mpirun(ranks if comm == "nccl" else 0, BINARY), *command]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                           text=True, timeout=RUN_TIMEOUT_S, env=dict(os.environ, IFKV_EMU_DEVICES=str(ranks)))
     if done.returncode:

@@ -3,9 +3,12 @@ import json
 import os
 import shutil
 import subprocess
+import tarfile
 import tempfile
 import time
 import unittest
+
+import h5py
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = os.path.join(ROOT, "launch", "gpu_check.sh")
@@ -30,8 +33,9 @@ class Refusals(unittest.TestCase):
         self.assertIn('got "spelling", expected one of: build', done.stderr)
 
 
-@unittest.skipUnless(os.path.exists(os.path.join(BUILD, "ifkv-emu")), "built without the host model")
-class Emulated(unittest.TestCase):
+class Parts(unittest.TestCase):
+    DEVICE = "--emulated",
+
     def setUp(self):
         temporary = tempfile.TemporaryDirectory()
         self.addCleanup(temporary.cleanup)
@@ -39,13 +43,13 @@ class Emulated(unittest.TestCase):
 
     def run_parts(self, *parts, code, built=BUILD, **env):
         """Verdicts by part and step, of the file; the table must say the same, and come last."""
-        done = check("--emulated", "--built", built, "--out", self.out, *parts, **env)
+        done = check(*self.DEVICE, "--built", built, "--out", self.out, *parts, **env)
         self.assertEqual(done.returncode, code, done.stdout + done.stderr)
         with open(os.path.join(self.out, "gpu_check.json")) as f:
             found = json.load(f)
-        self.assertTrue(found["emulated"])
+        self.assertEqual(found["emulated"], bool(self.DEVICE))
         table = done.stdout.splitlines()
-        self.assertIn("no time here means anything", table[1])
+        self.assertEqual("no time here means anything" in table[1], bool(self.DEVICE))
         self.assertEqual(len(table), len(found["rows"]) + 3, done.stdout)
         counts = [sum(row["verdict"] == v for row in found["rows"]) for v in ("pass", "fail", "absent")]
         self.assertTrue(table[-1].startswith("{} passed, {} failed, {} absent, ".format(*counts)), table[-1])
@@ -54,6 +58,13 @@ class Emulated(unittest.TestCase):
             self.assertIn(row["text"], line)
         return {(row["part"], row["step"]): (row["verdict"], row["text"]) for row in found["rows"]}
 
+    def timed_rows(self):
+        with open(os.path.join(self.out, "bench.jsonl")) as f:
+            return [json.loads(line) for line in f]
+
+
+@unittest.skipUnless(os.path.exists(os.path.join(BUILD, "ifkv-emu")), "built without the host model")
+class Emulated(Parts):
     def test_what_can_run_passes_and_the_rest_says_why_not(self):
         rows = self.run_parts("instructions", "sanitizer", code=0)
         self.assertEqual(rows["instructions", "host model"][0], "pass")
@@ -94,6 +105,102 @@ class Emulated(unittest.TestCase):
         self.assertEqual(rows["attention", "sm80 against float64"], ("absent", "the one-hot fetch failed"))
         self.assertEqual(rows["instructions", "host model"][0], "pass")
         self.assertEqual(rows["time", "all"], ("absent", "a check before it failed"))
+
+
+    def test_every_bench_runs_and_leaves_its_rows(self):
+        verdicts = self.run_parts("time", code=0)
+        steps = [f"{what}, {name}" for name in ("Qwen3-14B", "Llama-3.1-8B") for what in ("products", "attention", "prefill")]
+        self.assertEqual([step for _, step in verdicts], [*steps, "movement of 2 ranks as threads", "torch"])
+        self.assertEqual(verdicts.pop(("time", "torch")), ("absent", "needs a GPU"))
+        for step, (verdict, text) in verdicts.items():
+            self.assertEqual(verdict, "pass", step)
+            self.assertRegex(text, "^[1-9][0-9]* rows, whose times mean nothing; (error at most|0 wrong)", step)
+        rows = self.timed_rows()
+        for row in rows:
+            self.assertEqual(row["time"], "emulated")
+            self.assertEqual({row[key] for key in ("time_ms", "time_us", "ttft_ms", "tflops", "busbw_gbytes_per_s") if key in row}, {None})
+            self.assertEqual(row.get("wrong", 0), 0)
+        # what is computed in bfloat16 errs; a prefill of several chunks that is not recomputed whole does
+        for kind, least in (("gemm", 1e-4), ("attention", 1e-4), ("prefill", 1e-3)):
+            errors = [row["error"] for row in rows if row["kind"] == kind and row["label"] != "full"]
+            self.assertGreater(max(errors), least, kind)
+        self.assertEqual(len(rows), self.rows_of_archive())
+
+    def rows_of_archive(self):
+        """How many rows the HDF5 files in it hold, as many as the JSON beside each."""
+        n = 0
+        with tempfile.TemporaryDirectory() as at, tarfile.open(os.path.join(self.out, "bench.tar.gz")) as tar:
+            tar.extractall(at, filter="data")
+            folders = [base for base, _, files in os.walk(at) if files]
+            self.assertEqual(len(folders), 7)
+            for base in folders:
+                with h5py.File(os.path.join(base, "bench.h5")) as f, open(os.path.join(base, "bench.jsonl")) as g:
+                    labels = f.attrs["rows"].decode().splitlines()
+                    self.assertEqual({len(labels)}, {len(g.readlines()), *(len(column) for column in f.values())})
+                n += len(labels)
+        return n
+
+
+class Faked(Parts):
+    """A device and benches that are shell scripts: the logic that the host model, which has no times, does not reach."""
+
+    DEVICE = ()
+
+    def setUp(self):
+        super().setUp()
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.built = temporary.name
+        self.write("nvidia-smi", 'case $1 in -L) echo "GPU 0: none" ;; --query-gpu=compute_cap) echo 9.0 ;; *) echo none, 0, 0, 0 ;; esac')
+        self.write("nvcc", "echo no release")
+        with open(os.path.join(self.built, "torch.py"), "w") as f:
+            f.write("raise ImportError\n")
+
+    def write(self, name, text):
+        path = os.path.join(self.built, name)
+        with open(path, "w") as f:
+            f.write(f"#!/bin/sh\n{text}\n")
+        os.chmod(path, 0o755)
+
+    def run_faked(self, tool, *args, code):
+        self.write("ifkv", f'[ "$1" = bench ] || exit 0\n{tool}')
+        return self.run_parts(*args, code=code, built=self.built, PATH=self.built + ":" + os.environ["PATH"], PYTHONPATH=self.built)
+
+    @staticmethod
+    def rows(*rows):
+        return "".join(f"echo '{json.dumps(row)}'\n" for row in rows)
+
+    def test_the_table_has_the_best_row_of_each_label_and_the_worst_error(self):
+        products = self.rows({"label": "qkv", "tokens": 512, "tflops": 300.2, "error": 3e-3, "wrong": 0},
+                             {"label": "qkv", "tokens": 2048, "tflops": 612.7, "error": 1e-3, "wrong": 0},
+                             {"label": "o", "tokens": 512, "tflops": 200.0, "error": 2e-3, "wrong": 0})
+        prefills = self.rows({"label": "full", "tokens": 2048, "ttft_ms": 97.25, "tflops": 600.0, "error": 0.0},
+                             {"label": "full", "tokens": 8192, "ttft_ms": 419.0, "tflops": 500.0, "error": 0.0})
+        moves = self.rows({"label": "shift", "bytes": 1024, "busbw_gbytes_per_s": 1.0, "wrong": 0},
+                          {"label": "shift", "bytes": 4096, "busbw_gbytes_per_s": 40.0, "wrong": 0})
+        found = self.run_faked(f"case $2 in gemm) {products} ;; attention) exit 3 ;; prefill) {prefills} ;; comm) {moves} ;; esac", "time", code=1)
+        self.assertEqual(found["time", "products, Qwen3-14B"],
+                         ("pass", "qkv 2048 613 TFLOP/s; o 512 200 TFLOP/s; error at most 3.0e-03; 0 wrong"))
+        self.assertEqual(found["time", "prefill, Llama-3.1-8B"], ("pass", "full 8192 419.0 ms; error at most 0.0e+00"))
+        self.assertEqual(found["time", "movement of 2 ranks as threads"], ("pass", "shift 4096 40 GB/s; 0 wrong"))
+        self.assertEqual(found["time", "attention, Qwen3-14B"][0], "fail")
+        self.assertEqual(found["time", "torch"], ("absent", "python3 has no torch"))
+        self.assertEqual(len(self.timed_rows()), 2 * (3 + 2) + 2)
+
+    def test_what_a_limit_cut_off_keeps_its_whole_rows(self):
+        row = {"label": "qkv", "tokens": 512, "tflops": 300.2, "error": 3e-3, "wrong": 0}
+        found = self.run_faked(f"{self.rows(row)} printf '{{\"label\": \"qkv\", \"tok'\nsleep 60", "--limit", "4", "time", code=1)
+        self.assertEqual(found["time", "products, Qwen3-14B"],
+                         ("fail", "no end within its limit; qkv 512 300 TFLOP/s; error at most 3.0e-03; 0 wrong"))
+        self.assertEqual({found["time", step] for _, step in found if step not in ("products, Qwen3-14B", "torch")},
+                         {("absent", "no time left of 4 s")})
+        self.assertEqual(self.timed_rows(), [row])
+
+    def test_rows_of_a_bench_that_failed_are_no_measurement(self):
+        row = {"label": "qkv", "tokens": 512, "tflops": 300.2, "error": 3.0, "wrong": 7}
+        found = self.run_faked(f"{self.rows(row)} echo error: 7 wrong; exit 1", "time", code=1)
+        self.assertEqual(found["time", "products, Qwen3-14B"][0], "fail")
+        self.assertEqual(self.timed_rows(), [])
 
 
 if __name__ == "__main__":

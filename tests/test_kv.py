@@ -23,6 +23,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.join(HERE, "reference")]
 import ifkv_reference as reference  # noqa: E402
 import make_models  # noqa: E402
+from ranks import mpirun  # noqa: E402
 from test_golden import BINARY, RUN_TIMEOUT_S, TOLERANCE, Record, relative_l2  # noqa: E402
 
 MODELS = ("llama_g1_tied", "llama_g3_scaled_sharded", "qwen3_g5_sharded")
@@ -62,7 +63,7 @@ def run(name, ranks, comm):
     command = [BINARY, "prefill", "--model", model_of(name), "--requests", out + ".jsonl", "--out", out, "--method",
                "epic", "--epic-k", str(EPIC_K), "--exchange", "kv", "--placement", "contiguous", "--backend", "cpu",
                "--threads", "1", "--max-new", "1", "--ride", "none", "--save-logits", "--save-kv", "--comm", comm]
-    command = ["mpirun", "-n", str(ranks)] + command if comm == "mpi" else command + ["--ranks", str(ranks)]
+    command = [*mpirun(ranks, BINARY), *command] if comm == "mpi" else command + ["--ranks", str(ranks)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                           text=True, timeout=RUN_TIMEOUT_S)
     if done.returncode:

@@ -26,6 +26,7 @@ import ifkv_reference as reference  # noqa: E402
 import make_goldens  # noqa: E402
 import make_models  # noqa: E402
 from portable_noise import integers  # noqa: E402
+from ranks import mpirun  # noqa: E402
 from test_golden import BINARY, RUN_TIMEOUT_S, TOLERANCE, Record, relative_l2  # noqa: E402
 
 MODELS = ("llama_g3_scaled_sharded", "qwen3_g5_sharded")
@@ -139,8 +140,8 @@ def records(name, way, comm, ranks):
     out = os.path.join(_scratch.name, f"{name}-{way}-{comm}-{ranks}")
     with open(out + ".jsonl", "w") as f:
         f.writelines(json.dumps(expected(name, way, case, ranks)[0]) + "\n" for case in CASES)
-    command = [*(("mpirun", "-n", str(ranks)) if comm == "mpi" else ()), BINARY, "prefill", "--model", model_of(name)[0], "--requests", out + ".jsonl", "--out", out,
-               "--backend", "cpu", "--threads", "1", "--max-new", "1", "--save-logits", "--save-kv", "--save-scores",
+    command = [*mpirun(ranks if comm == "mpi" else 0, BINARY), BINARY, "prefill", "--model", model_of(name)[0], "--requests",
+               out + ".jsonl", "--out", out, "--backend", "cpu", "--threads", "1", "--max-new", "1", "--save-logits", "--save-kv", "--save-scores",
                *WAYS[way].flags]
     command += ["--comm", comm, *(("--ranks", str(ranks)) if comm == "thread" else ())]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,

@@ -8,9 +8,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from ranks import has_mpi
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BIN = os.environ.get("IFKV_BIN", os.path.join(ROOT, "build", "ifkv"))
@@ -27,7 +31,9 @@ def missing():
     absent = [name for name in ("slurmctld", "slurmd", "munged", "sbatch", "scontrol") if not shutil.which(name)]
     if absent:
         return "not installed: " + ", ".join(absent)
-    return None if os.geteuid() == 0 else "Slurm's daemons are started as root only"
+    if os.geteuid() != 0:
+        return "Slurm's daemons are started as root only"
+    return None if has_mpi(BIN) else "built without MPI"
 
 
 def free_ports(n):
