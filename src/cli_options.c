@@ -10,7 +10,7 @@
 #include "json.h"
 #include "status.h"
 
-typedef enum option_kind { KIND_FLAG, KIND_TEXT, KIND_COUNT, KIND_SEED } option_kind;
+typedef enum option_kind { KIND_FLAG, KIND_TEXT, KIND_COUNT, KIND_SEED, KIND_SIZE } option_kind;
 
 typedef struct option {
     const char *name;
@@ -85,7 +85,7 @@ static const option table[] = {
      "of method random, and of what a bench draws"},
     {"store", KIND_TEXT, CLI_STORE, AT(store), 0, 0, "DIR", NULL,
      "keep the K/V of chunks there and use those found, at any place of any request"},
-    {"store-size", KIND_TEXT, CLI_STORE, AT(store_size), 0, 0, "BYTES", "0",
+    {"store-size", KIND_SIZE, CLI_STORE, AT(store_size), AT(has_store_size), 0, "BYTES", "0",
      "largest size of DIR: N, NK, NM, NG or NT (powers of 1024); 0: no bound"},
     {"out", KIND_TEXT, CLI_OUTPUT, AT(out), 0, 0, "DIR", NULL,
      "results.jsonl, one .h5 a request, manifest.jsonl"},
@@ -184,6 +184,23 @@ const cli_command *cli_command_find(const char *name, const char **nearest_p) {
 
 /* ---- values ---- */
 
+/* Bytes: "N", "NK", "NM", "NG", "NT" in powers of 1024. */
+static ifkv_status parse_size(const char *text, const char *from, uint64_t *bytes_p) {
+    static const char units[] = "KMGT";
+    char *end = NULL, shown[IFKV_QUOTE_BYTES];
+    const bool is_number = *text >= '0' && *text <= '9';
+    errno = 0;
+    const unsigned long long n = is_number ? strtoull(text, &end, 10) : 0;
+    const char *unit = is_number && *end ? strchr(units, *end) : NULL;
+    const unsigned shift = unit ? 10 * (unsigned)(unit - units + 1) : 0;
+    IFKV_REQUIRE(is_number && !errno && (!*end || (unit && !end[1])) && n <= UINT64_MAX >> shift,
+                 IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "%s: got \"%s\", expected a number of bytes: N, NK, NM, NG or NT", from,
+                 ifkv_quote(text, strlen(text), shown));
+    *bytes_p = (uint64_t)n << shift;
+    return IFKV_OK;
+}
+
 /* Set one option from text; `from` names where the text stands. */
 static ifkv_status set_option(cli_options *options, const option *o, const char *text,
                               const char *from) {
@@ -207,6 +224,8 @@ static ifkv_status set_option(cli_options *options, const option *o, const char 
         IFKV_REQUIRE(is_number && !errno && !*end, IFKV_ERR_USAGE, IFKV_E_VALUE,
                      "%s: got \"%s\", expected a whole number below 2^64", from, shown);
         *(uint64_t *)value = n;
+    } else if (o->kind == KIND_SIZE) {
+        IFKV_TRY(parse_size(text, from, value));
     } else {
         IFKV_REQUIRE(!strcmp(text, "1") || !strcmp(text, "0"), IFKV_ERR_USAGE, IFKV_E_VALUE,
                      "%s: got \"%s\", expected 0 or 1", from, shown);
