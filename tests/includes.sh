@@ -24,7 +24,7 @@ foreign 'cblas\.h' 'src/cpu_matmul\.[ch]'
 foreign 'omp\.h' 'src/cpu_[a-z_]*\.[ch]'
 foreign 'jansson\.h' 'src/(json\.[ch]|config[a-z_]*\.[ch]|safetensors[a-z_]*\.[ch]|model_check\.[ch]|request[a-z0-9_]*\.[ch]|manifest\.[ch]|output[a-z_]*\.[ch]|cli[a-z_]*\.[ch])|bench/(quality|bench)[a-z_]*\.[ch]|tests/[a-z0-9_]*\.c'
 foreign 'pthread\.h' 'comm/comm_thread\.c|comm/comm_nccl\.c'
-foreign 'threads\.h' 'src/store\.c|comm/timeline\.c|tests/test_reuse\.c'
+foreign 'threads\.h' 'src/store\.c|comm/timeline\.c|tests/memory_store\.[ch]'
 foreign 'cmocka\.h' 'tests/test\.h'
 foreign 'xxhash\.h' 'src/digest\.c|tests/[a-z_]*\.c'
 
