@@ -34,7 +34,7 @@ level() {
     ifkv.h | status.h | error_codes.h | log.h | random.h) echo 0 ;;
     tensor.h | placement.h | cost.h | geometry.h | config.h | config_*.h | rope.h | file.h | json.h | digest.h | convert.h | guard.h) echo 1 ;;
     backend.h | arena.h | comm.h | timeline.h | cpu_*.h | mpi_check.h | nccl_check.h) echo 2 ;;
-    h5.h | h5_file.h | safetensors*.h | model.h | model_check.h | store*.h | weights.h | weights_random.h | request.h | kvcache.h | publish.h | manifest.h) echo 3 ;;
+    h5.h | h5_file.h | safetensors*.h | model.h | model_check.h | store*.h | weights.h | weights_random.h | request.h | kvcache.h | pool.h | publish.h | manifest.h) echo 3 ;;
     exchange.h | exchange_owned.h | exchange_kv_route.h) echo 4 ;;
     layer.h) echo 5 ;;
     select.h | refit.h | engine.h) echo 6 ;;
