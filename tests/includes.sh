@@ -49,6 +49,7 @@ own_header() {
     session_api.c) echo prefill.h ;;
     session_check.c) echo session.h ;;
     measure.c) echo engine.h ;;
+    reuse_*.c) echo reuse.h ;;
     comm_*.c) echo comm.h ;;
     request_*.c) echo request.h ;;
     safetensors_*.c) echo safetensors.h ;;

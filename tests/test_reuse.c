@@ -43,21 +43,6 @@ static tiny_run prefill(int size, const ifkv_store *with, const char *method, ui
     return run;
 }
 
-/* Logits of the prompt depend on the dealing of its rows, hence on the number of ranks, in their
- * last bits (I12): they are compared where that number is the same. */
-static void assert_same(const tiny_run *got, const tiny_run *want, bool has_same_size) {
-    if (has_same_size) {
-        assert_true(tiny_same_rows(got, want));
-        assert_memory_equal(got->logits, want->logits,
-                            (size_t)want->n_vocab * sizeof *want->logits);
-    }
-    assert_within(tiny_rows_error(got, want, 0, want->n_context), TINY_TOLERANCE);
-    assert_true(got->selected_digest == want->selected_digest);
-    assert_memory_equal(got->scores, want->scores, (size_t)want->n_context * sizeof *want->scores);
-    assert_int_equal(got->n_answer, want->n_answer);
-    assert_memory_equal(got->answer, want->answer, (size_t)want->n_answer * sizeof *want->answer);
-}
-
 static void i26_cold_warm_and_mixed_are_the_same_bits(void **state) {
     (void)state;
     tiny_run first = {0};
@@ -71,10 +56,10 @@ static void i26_cold_warm_and_mixed_are_the_same_bits(void **state) {
         tiny_run mixed = prefill(sizes[s], store, "infoflow", 7);
         memory.is_forgetful = false;
         assert_int_equal(memory.n_load, N_CHUNK + 1 + (N_CHUNK + 1) / 2);
-        assert_same(&warm, &cold, true);
-        assert_same(&mixed, &cold, true);
+        tiny_assert_same(&warm, &cold, true);
+        tiny_assert_same(&mixed, &cold, true);
         if (s == 0) first = cold;
-        if (s > 0) assert_same(&cold, &first, false);
+        if (s > 0) tiny_assert_same(&cold, &first, false);
         tiny_run_fini(&warm);
         tiny_run_fini(&mixed);
         if (s > 0) tiny_run_fini(&cold);
@@ -117,7 +102,7 @@ static void i26_what_a_damaged_entry_gave_is_written_over(void **state) {
     for (int n = 1; n <= shape->n_layer; n++) {
         memory.n_layer_given = n;
         tiny_run run = prefill(2, store, "infoflow", 7);
-        assert_same(&run, &cold, true);
+        tiny_assert_same(&run, &cold, true);
         tiny_run_fini(&run);
     }
     memory.n_layer_given = 0;
@@ -233,7 +218,7 @@ static void i20_reorder_with_a_store_is_the_same_bits(void **state) {
                 .options = {
                     .reorder = "on", .ratio = "0.3", .max_new = 4, .store = i ? store : NULL}};
             assert_ok(tiny_run_on(sizes[s], &run[i]));
-            if (i) assert_same(&run[i], &run[0], true);
+            if (i) tiny_assert_same(&run[i], &run[0], true);
         }
         assert_int_equal(memory.n_save, N_CHUNK + 1);
         assert_int_equal(memory.n_load, N_CHUNK + 1);
