@@ -18,7 +18,7 @@ typedef struct cli_options {
     const char *lengths, *methods, *links, *device;
     int64_t chunk, max_new, epic_k, ranks, threads, collective_timeout, repeat, warm_up;
     uint64_t seed, random_weights;
-    uint64_t store_size; /* bytes */
+    uint64_t store_size, store_device; /* bytes */
     bool has_random_weights, has_chunk, has_store_size;
     bool local_sink, reorder, reorder_force, refit;
     bool save_kv, save_logits, save_scores, resume, overwrite, json, quiet, verbose, project, help;

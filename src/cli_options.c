@@ -76,9 +76,8 @@ static const option table[] = {
     {"max-new", KIND_COUNT, CLI_METHOD, AT(max_new), 0, INT32_MAX, "N", "32",
      "generated tokens at most; 0: prefill only"},
     {"ride", KIND_TEXT, CLI_METHOD, AT(ride), 0, 0, "ROWS", "both",
-     "both, score, prompt or none: scoring rows run through encode (without --store, under "
-     "geometry "
-     "global), the prompt through recompute; changes time, never results"},
+     "both, score, prompt or none: scoring rows run through encode (without a chunk store, under "
+     "geometry global), the prompt through recompute; changes time, never results"},
     {"epic-k", KIND_COUNT, CLI_METHOD, AT(epic_k), 0, INT32_MAX, "N", "16",
      "rows at the head of each chunk that method epic recomputes; 0: 16"},
     {"seed", KIND_SEED, CLI_METHOD, AT(seed), 0, 0, "S", "0",
@@ -87,6 +86,9 @@ static const option table[] = {
      "keep the K/V of chunks there and use those found, at any place of any request"},
     {"store-size", KIND_SIZE, CLI_STORE, AT(store_size), AT(has_store_size), 0, "BYTES", "0",
      "largest size of DIR: N, NK, NM, NG or NT (powers of 1024); 0: no bound"},
+    {"store-device", KIND_SIZE, CLI_STORE, AT(store_device), 0, 0, "BYTES", "0",
+     "memory in which each rank's device (under cpu the host) keeps the K/V of chunks from request "
+     "to request, with or without DIR; those used longest ago go; 0: none"},
     {"out", KIND_TEXT, CLI_OUTPUT, AT(out), 0, 0, "DIR", NULL,
      "results.jsonl, one .h5 a request, manifest.jsonl"},
     {"save-kv", KIND_FLAG, CLI_OUTPUT, AT(save_kv), 0, 0, NULL, NULL, "write every rank's K/V"},
