@@ -18,11 +18,17 @@ struct ifkv_pool_entry {
 
 /* ---- memory ---- */
 
-static size_t layout(ifkv_pool *pool, ifkv_arena *arena, ifkv_dtype dtype, int n_layer,
-                     int64_t n_col, int64_t n_row) {
-    ifkv_kvcache_layout(&pool->cache, arena, dtype, n_layer, n_col, n_row);
-    pool->cache.n_row = n_row;
-    return arena->peak;
+static void layout(ifkv_kvcache *cache, ifkv_arena *arena, ifkv_dtype dtype, int n_layer,
+                   int64_t n_col, int64_t n_row) {
+    ifkv_kvcache_layout(cache, arena, dtype, n_layer, n_col, n_row);
+    cache->n_row = n_row;
+}
+
+size_t ifkv_pool_bytes(ifkv_dtype dtype, int n_layer, int64_t n_col, int64_t n_row) {
+    ifkv_kvcache cache = {0};
+    ifkv_arena arena = {0};
+    layout(&cache, &arena, dtype, n_layer, n_col, n_row);
+    return arena.is_overflown ? SIZE_MAX : arena.peak;
 }
 
 ifkv_status ifkv_pool_init(ifkv_pool *pool, ifkv_dtype dtype, int n_layer, int64_t n_col,
@@ -34,16 +40,16 @@ ifkv_status ifkv_pool_init(ifkv_pool *pool, ifkv_dtype dtype, int n_layer, int64
                  "pool: got %llu bytes, expected at most %lld", (unsigned long long)bytes,
                  (long long)INT64_MAX);
     int64_t n_row = (int64_t)(bytes / row);
-    for (;; n_row--) { /* K and V are padded to whole cache lines, which may cost a row */
-        ifkv_arena arena = {0};
-        pool->bytes = layout(pool, &arena, dtype, n_layer, n_col, n_row);
-        if (pool->bytes <= bytes) break;
-    }
+    /* K and V are padded to whole cache lines, which may cost a row */
+    while (ifkv_pool_bytes(dtype, n_layer, n_col, n_row) > bytes) n_row--;
+    ifkv_arena arena = {0};
+    layout(&pool->cache, &arena, dtype, n_layer, n_col, n_row);
+    pool->bytes = arena.peak;
     return IFKV_OK;
 }
 
 ifkv_status ifkv_pool_alloc(ifkv_pool *pool, ifkv_backend *backend) {
-    const ifkv_kvcache *cache = &pool->cache;
+    ifkv_kvcache *cache = &pool->cache;
     const int64_t n_row = cache->capacity;
     if (n_row == 0) return IFKV_OK;
     pool->free_row = malloc((size_t)n_row * sizeof *pool->free_row);
@@ -52,7 +58,7 @@ ifkv_status ifkv_pool_alloc(ifkv_pool *pool, ifkv_backend *backend) {
     pool->n_free = n_row;
     IFKV_TRY(backend->ops->alloc(backend, pool->bytes, &pool->base));
     ifkv_arena arena = {.base = pool->base};
-    layout(pool, &arena, cache->k.dtype, cache->n_layer, cache->n_col, n_row);
+    layout(cache, &arena, cache->k.dtype, cache->n_layer, cache->n_col, n_row);
     return IFKV_OK;
 }
 

@@ -35,6 +35,8 @@ typedef struct ifkv_pool {
     int64_t n_entry;
 } ifkv_pool;
 
+/* Bytes that a pool of n_row rows takes; SIZE_MAX if they cannot be counted. */
+size_t ifkv_pool_bytes(ifkv_dtype dtype, int n_layer, int64_t n_col, int64_t n_row);
 /* Fill a pool that is all zero: as many rows of n_layer layers as `bytes` can hold, without memory
  * yet; 0 bytes: it stays off.  Errors: RESOURCE. */
 ifkv_status ifkv_pool_init(ifkv_pool *pool, ifkv_dtype dtype, int n_layer, int64_t n_col,

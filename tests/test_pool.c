@@ -23,12 +23,9 @@ static int setup(void **state) {
     fixture = (pool_fixture){0};
     *state = &fixture;
     if (ifkv_backend_open("cpu", 1, 0, &fixture.backend) != IFKV_OK) return -1;
-    const uint64_t padding = 2 * 63; /* of K and of V */
-    if (ifkv_pool_init(&fixture.pool, IFKV_DTYPE_F32, N_LAYER, N_COL, N_ROW * row_bytes + padding))
-        return -1;
-    return fixture.pool.cache.capacity == N_ROW
-               ? (int)ifkv_pool_alloc(&fixture.pool, fixture.backend)
-               : -1;
+    const size_t bytes = ifkv_pool_bytes(IFKV_DTYPE_F32, N_LAYER, N_COL, N_ROW);
+    if (ifkv_pool_init(&fixture.pool, IFKV_DTYPE_F32, N_LAYER, N_COL, bytes)) return -1;
+    return (int)ifkv_pool_alloc(&fixture.pool, fixture.backend);
 }
 
 static int teardown(void **state) {
@@ -93,6 +90,19 @@ static void bytes_are_never_exceeded(void **state) {
         assert_true((uint64_t)(pool.cache.capacity + 1) * row_bytes + 2 * 63 > bytes);
         ifkv_pool_fini(&pool, NULL);
     }
+}
+
+static void the_bytes_of_rows_hold_that_many(void **state) {
+    (void)state;
+    for (int64_t n = 0; n < 40; n++) {
+        const size_t bytes = ifkv_pool_bytes(IFKV_DTYPE_F32, N_LAYER, N_COL, n);
+        ifkv_pool pool = {0};
+        assert_int_equal(ifkv_pool_init(&pool, IFKV_DTYPE_F32, N_LAYER, N_COL, bytes), IFKV_OK);
+        assert_int_equal(pool.cache.capacity, n);
+        assert_int_equal(pool.bytes, bytes);
+        ifkv_pool_fini(&pool, NULL);
+    }
+    assert_true(ifkv_pool_bytes(IFKV_DTYPE_F32, N_LAYER, INT64_MAX, 2) == SIZE_MAX);
 }
 
 static void nothing_asked_is_no_pool(void **state) {
@@ -233,6 +243,7 @@ static void rows_that_go_leave_holes_that_are_filled(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(bytes_are_never_exceeded),
+        cmocka_unit_test(the_bytes_of_rows_hold_that_many),
         cmocka_unit_test(nothing_asked_is_no_pool),
         cmocka_unit_test_setup_teardown(an_entry_is_served_once_it_is_written, setup, teardown),
         cmocka_unit_test_setup_teardown(only_what_was_asked_is_served, setup, teardown),
