@@ -104,7 +104,8 @@ static const option table[] = {
      "tokens; of bench prefill context and prompt together, random ids in chunks of --chunk; of "
      "bench comm bytes"},
     {"methods", KIND_TEXT, CLI_BENCH, AT(methods), 0, 0, "LIST", NULL,
-     "method[/exchange][/warm],... (default: full, and on several ranks every rival)"},
+     "method[/exchange][/warm|/warm-device],...; warm: chunks from host memory, warm-device: from "
+     "the device's (default: full, infoflow and warm tiers, on several ranks every rival)"},
     {"repeat", KIND_COUNT, CLI_BENCH, AT(repeat), 0, 64, "N", "3",
      "measured runs of each method, in turns, or of an operation; the median counts"},
     {"warm-up", KIND_COUNT, CLI_BENCH, AT(warm_up), 0, 64, "N", "1", "runs before them"},
