@@ -25,11 +25,15 @@ static inline int64_t bench_chunk(const cli_options *options) {
     return options->chunk || options->requests ? options->chunk : BENCH_CHUNK;
 }
 
-/* One way to prefill, given as method[/exchange][/warm]. */
+/* Where the chunks of a run come from: nowhere, or what an unmeasured run has filled, a store in
+ * host memory or the pool of the engine. */
+typedef enum bench_tier { BENCH_COLD, BENCH_HOST, BENCH_DEVICE } bench_tier;
+
+/* One way to prefill, given as method[/exchange][/warm|/warm-device]. */
 typedef struct bench_method {
     char label[BENCH_NAME_BYTES];
     char method[BENCH_NAME_BYTES], exchange[BENCH_NAME_BYTES]; /* exchange "": auto */
-    bool is_warm; /* chunks come from a store in host memory that an unmeasured run has filled */
+    bench_tier tier;
 } bench_method;
 
 typedef struct bench_row {

@@ -1,9 +1,10 @@
 /* `ifkv bench prefill`: time to first token of methods over lengths, in one start.
  *
  * Inside the window: what results call ttft, from ids in memory behind a barrier to the first token
- * id.  Outside: start-up, model load, warm-up, and filling the chunk store of a warm method.  The
- * methods of a length alternate, so that a slow minute hits all of them.  With --project the ranks
- * take turns on one device, and the rows are what as many devices with given links would take. */
+ * id.  Outside: start-up, model load, warm-up, and filling the chunk store of a warm method, in
+ * host memory or in that of the device.  The methods of a length alternate, so that a slow minute
+ * hits all of them.  With --project the ranks take turns on one device, and the rows are what as
+ * many devices with given links would take. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,6 +12,7 @@
 
 #include "bench.h"
 #include "random.h"
+#include "session.h"
 #include "status.h"
 
 enum { PROMPT_TOKENS = 32, FIRST_ID = 10 };
@@ -25,6 +27,7 @@ typedef struct bench_run {
     ifkv_comm *comm;
     const cli_options *options;
     ifkv_engine *engine;
+    ifkv_request_list *list; /* of --requests; NULL: lengths */
     ifkv_model_info info;
     bench_method method[BENCH_MAX_METHOD];
     int64_t length[BENCH_MAX_LENGTH];
@@ -34,6 +37,7 @@ typedef struct bench_run {
     ifkv_timeline *timeline; /* owned by rank 0, shared by its threads; NULL: measured */
     bench_report *report;    /* rank 0 */
     bench_store *store;      /* of the case under way */
+    int64_t n_pool_row;      /* rows of the largest share of a rank in any case */
     measurement *of;         /* [n_method] */
     float *exact;            /* [n_vocab] first logits of `full`, rank 0 */
     bool has_exact;
@@ -41,10 +45,24 @@ typedef struct bench_run {
 
 /* ---- what to run ---- */
 
+/* One part behind the method's name. */
+static ifkv_status parse_part(const char *part, size_t n, bench_method *method) {
+    IFKV_REQUIRE(n && !method->tier, IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "--methods: got \"%s\", expected method[/exchange][/warm|/warm-device]",
+                 method->label);
+    if (n == strlen("warm") && !strncmp(part, "warm", n))
+        method->tier = BENCH_HOST;
+    else if (n == strlen("warm-device") && !strncmp(part, "warm-device", n))
+        method->tier = BENCH_DEVICE;
+    else
+        snprintf(method->exchange, sizeof method->exchange, "%.*s", (int)n, part);
+    return IFKV_OK;
+}
+
 static ifkv_status parse_method(const char *text, size_t n, bench_method *method) {
     char shown[IFKV_QUOTE_BYTES];
     IFKV_REQUIRE(n > 0 && n < sizeof method->label, IFKV_ERR_USAGE, IFKV_E_VALUE,
-                 "--methods: got \"%s\", expected method[/exchange][/warm], ...",
+                 "--methods: got \"%s\", expected method[/exchange][/warm|/warm-device], ...",
                  ifkv_quote(text, n, shown));
     *method = (bench_method){.label = ""};
     memcpy(method->label, text, n);
@@ -52,23 +70,13 @@ static ifkv_status parse_method(const char *text, size_t n, bench_method *method
     memcpy(method->method, method->label, head);
     for (char *part = method->label + head; *part == '/';) {
         const size_t length = strcspn(++part, "/");
-        IFKV_REQUIRE(length && !method->is_warm, IFKV_ERR_USAGE, IFKV_E_VALUE,
-                     "--methods: got \"%s\", expected method[/exchange][/warm]", method->label);
-        if (length == 4 && !strncmp(part, "warm", 4))
-            method->is_warm = true;
-        else
-            snprintf(method->exchange, sizeof method->exchange, "%.*s", (int)length, part);
+        IFKV_TRY(parse_part(part, length, method));
         part += length;
     }
     return IFKV_OK;
 }
 
-static ifkv_status parse_methods(bench_run *run) {
-    const char *text = run->options->methods;
-    if (!text)
-        text = ifkv_comm_size(run->comm) > 1
-                   ? "full,allgather,ring,infoflow/query,infoflow/delta,infoflow/warm"
-                   : "full,infoflow,infoflow/warm";
+static ifkv_status parse_methods(bench_run *run, const char *text) {
     for (;; text++) {
         const size_t n = strcspn(text, ",");
         IFKV_REQUIRE(run->n_method < BENCH_MAX_METHOD, IFKV_ERR_USAGE, IFKV_E_VALUE,
@@ -76,6 +84,12 @@ static ifkv_status parse_methods(bench_run *run) {
         IFKV_TRY(parse_method(text, n, &run->method[run->n_method++]));
         if (!*(text += n)) return IFKV_OK;
     }
+}
+
+static const char *default_methods(const bench_run *run) {
+    return ifkv_comm_size(run->comm) > 1
+               ? "full,allgather,ring,infoflow/query,infoflow/delta,infoflow/warm"
+               : "full,infoflow,infoflow/warm";
 }
 
 static bool is_full(const bench_method *method) {
@@ -151,17 +165,34 @@ static void file_result(measurement *of, const ifkv_result *result, int i_repeat
         of->stage[i_repeat][stage] = has_time ? result->ms[stage] : NAN;
 }
 
-/* i_repeat < 0: not measured. */
-static ifkv_status run_once(bench_run *run, const ifkv_request *request, int i_method,
-                            int i_repeat) {
-    const bench_method *method = &run->method[i_method];
-    const bool is_recorded = run->timeline && i_repeat >= 0;
+static ifkv_prefill_options method_options(const bench_run *run, const bench_method *method) {
     ifkv_prefill_options options = cli_prefill_options(run->options, NULL, NULL);
     options.method = method->method;
     if (*method->exchange) options.exchange = method->exchange;
     if (!run->options->requests) options.chunk = 0; /* cut already */
     options.max_new = 0;
-    options.store = method->is_warm ? bench_store_table(run->store) : NULL;
+    options.store = method->tier == BENCH_HOST ? bench_store_table(run->store) : NULL;
+    options.pool = method->tier == BENCH_DEVICE ? "on" : "off";
+    return options;
+}
+
+/* A row that names a tier has its whole context from there, as every rank counts. */
+static ifkv_status check_tier(const bench_method *method, const ifkv_result *result) {
+    const int64_t device = result->store_tokens_device,
+                  found = method->tier == BENCH_DEVICE ? device : result->store_tokens_hit - device;
+    if (!result->has_store && !result->has_pool) return IFKV_OK;
+    IFKV_REQUIRE(found == result->n_context, IFKV_ERR_NUMERIC, IFKV_E_MISMATCH,
+                 "bench: %s found %lld of %lld context tokens in its tier, expected all",
+                 method->label, (long long)found, (long long)result->n_context);
+    return IFKV_OK;
+}
+
+/* i_repeat < 0: not measured. */
+static ifkv_status run_once(bench_run *run, const ifkv_request *request, int i_method,
+                            int i_repeat) {
+    const bench_method *method = &run->method[i_method];
+    const bool is_recorded = run->timeline && i_repeat >= 0;
+    const ifkv_prefill_options options = method_options(run, method);
     ifkv_session *session = NULL;
     ifkv_result result = {.size = sizeof result};
     if (is_recorded) ifkv_timeline_begin(run->timeline, run->comm);
@@ -171,6 +202,7 @@ static ifkv_status run_once(bench_run *run, const ifkv_request *request, int i_m
     IFKV_TRY_GOTO(status, ifkv_session_result(session, &result), out);
     judge(run, i_method, &result);
     if (i_repeat >= 0) {
+        IFKV_TRY_GOTO(status, check_tier(method, &result), out);
         bench_row *row = &run->of[i_method].row;
         file_result(&run->of[i_method], &result, i_repeat, !run->engine->backend->is_emulated);
         IFKV_TRY_GOTO(status, bench_cost(session, &run->rates, &row->flop, &row->floor_ms), out);
@@ -219,7 +251,7 @@ static ifkv_status report_case(bench_run *run) {
     return status;
 }
 
-/* Exact logits first, then warm-up, which fills the store, then the rounds. */
+/* Exact logits first, then warm-up, which fills store and pool, then the rounds. */
 static ifkv_status measure_case(bench_run *run, const ifkv_request *request) {
     int i_full = 0;
     for (int i = 0; i < run->n_method; i++) {
@@ -230,11 +262,8 @@ static ifkv_status measure_case(bench_run *run, const ifkv_request *request) {
     }
     run->has_exact = false;
     IFKV_TRY(run_once(run, request, i_full, -1));
-    for (int i = 0; i < run->n_method; i++)
-        if (run->method[i].is_warm && run->options->warm_up == 0) {
-            IFKV_TRY(run_once(run, request, i, -1));
-            break;
-        }
+    for (int i = 0; i < run->n_method && run->options->warm_up == 0; i++)
+        if (run->method[i].tier) IFKV_TRY(run_once(run, request, i, -1));
     for (int round = -(int)run->options->warm_up; round < run->n_repeat; round++)
         for (int i = 0; i < run->n_method; i++) {
             if (round < 0 && i == i_full) continue; /* had its own */
@@ -253,27 +282,41 @@ static ifkv_status run_case(bench_run *run, const ifkv_request *request) {
     return ifkv_comm_agree(run->comm, status, NULL);
 }
 
-/* ---- all lengths ---- */
+/* ---- all cases ---- */
 
-static ifkv_status run_lengths(bench_run *run) {
+typedef ifkv_status (*case_fn)(bench_run *run, const ifkv_request *request);
+
+static ifkv_status each_case(bench_run *run, case_fn fn) {
     ifkv_status status = IFKV_OK;
-    for (int i = 0; i < run->n_length && status == IFKV_OK; i++) {
+    for (int64_t i = 0; run->list && i < run->list->n && status == IFKV_OK; i++)
+        status = fn(run, &run->list->item[i].request);
+    for (int i = 0; !run->list && i < run->n_length && status == IFKV_OK; i++) {
         ifkv_request request = {0};
         status = ifkv_comm_agree(run->comm, make_request(run, run->length[i], &request), NULL);
-        if (status == IFKV_OK) status = run_case(run, &request);
+        if (status == IFKV_OK) status = fn(run, &request);
         free_request(&request);
     }
     return status;
 }
 
-static ifkv_status run_requests(bench_run *run) {
-    ifkv_request_list *list = NULL;
-    IFKV_TRY(cli_requests_load(run->comm, run->options->requests, run->info.n_vocab, &list));
-    ifkv_status status = IFKV_OK;
-    for (int64_t i = 0; i < list->n && status == IFKV_OK; i++)
-        status = run_case(run, &list->item[i].request);
-    ifkv_requests_free(list);
-    return status;
+/* What a rank keeps of a case is what the pool of warm-device has to hold, the same under every
+ * selective method. */
+static ifkv_status count_pool_rows(bench_run *run, const ifkv_request *request) {
+    const bench_method any = {.method = "infoflow", .tier = BENCH_DEVICE};
+    const ifkv_prefill_options options = method_options(run, &any);
+    ifkv_session *session = NULL;
+    size_t bytes;
+    const ifkv_status status =
+        ifkv_session_create(run->engine, request, &options, &session, &bytes);
+    if (status == IFKV_OK && session->n_kept > run->n_pool_row) run->n_pool_row = session->n_kept;
+    ifkv_session_destroy(session);
+    return ifkv_comm_agree(run->comm, status, NULL);
+}
+
+static bool has_device_tier(const bench_run *run) {
+    for (int i = 0; i < run->n_method; i++)
+        if (run->method[i].tier == BENCH_DEVICE) return true;
+    return false;
 }
 
 /* Everything that needs no other rank. */
@@ -285,7 +328,7 @@ static ifkv_status check_options(bench_run *run) {
     run->n_repeat = (int)options->repeat;
     IFKV_TRY(bench_lengths(options->lengths ? options->lengths : "2048,4096,8192",
                            PROMPT_TOKENS + 2, run->length, &run->n_length));
-    IFKV_TRY(parse_methods(run));
+    IFKV_TRY(parse_methods(run, options->methods ? options->methods : default_methods(run)));
     for (int i = 0; i < run->n_method; i++) has_full = has_full || is_full(&run->method[i]);
     IFKV_REQUIRE(has_full, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "--methods: expected full among them: every error is held against it");
@@ -307,18 +350,47 @@ static ifkv_status share_timeline(bench_run *run) {
     return ifkv_comm_bcast(run->comm, &run->timeline, sizeof run->timeline, 0);
 }
 
+/* Without loading a model: what the cases and the engine will be.  On the CPU the device's memory
+ * is the host's, and its tier has no row unless it is asked for. */
+static ifkv_status plan_run(bench_run *run) {
+    const ifkv_engine_options options = cli_engine_options(run->options, true);
+    IFKV_TRY(ifkv_engine_open(run->comm, &options, &run->engine));
+    run->info.size = sizeof run->info;
+    ifkv_status status = ifkv_engine_info(run->engine, &run->info);
+    if (status == IFKV_OK && !run->options->methods && strcmp(run->info.backend, "cpu"))
+        status = parse_methods(run, "infoflow/warm-device");
+    IFKV_TRY(ifkv_comm_agree(run->comm, status, NULL));
+    if (run->options->requests)
+        IFKV_TRY(
+            cli_requests_load(run->comm, run->options->requests, run->info.n_vocab, &run->list));
+    if (has_device_tier(run)) IFKV_TRY(each_case(run, count_pool_rows));
+    IFKV_TRY(ifkv_comm_all_reduce_i64(run->comm, &run->n_pool_row, 1, IFKV_REDUCE_MAX));
+    return IFKV_OK;
+}
+
+/* The engine of the runs, with a pool that just holds a rank's share of every case. */
+static ifkv_status open_engine(bench_run *run) {
+    ifkv_engine_options options = cli_engine_options(run->options, false);
+    if (run->n_pool_row > 0)
+        options.pool_bytes =
+            ifkv_pool_bytes(run->engine->backend->ops->dtype, run->info.n_layer,
+                            (int64_t)run->info.n_kv_head * run->info.d_head, run->n_pool_row);
+    ifkv_engine_close(run->engine);
+    run->engine = NULL;
+    IFKV_TRY(ifkv_engine_open(run->comm, &options, &run->engine));
+    return ifkv_engine_info(run->engine, &run->info);
+}
+
 static ifkv_status open_run(bench_run *run) {
     const cli_options *options = run->options;
-    const ifkv_engine_options engine_options = cli_engine_options(options, false);
     const bool is_first = ifkv_comm_rank(run->comm) == 0;
     IFKV_TRY(ifkv_comm_agree(run->comm, check_options(run), NULL));
     IFKV_TRY(share_timeline(run));
-    IFKV_TRY(ifkv_engine_open(run->comm, &engine_options, &run->engine));
-    run->info.size = sizeof run->info;
-    ifkv_status status = ifkv_engine_info(run->engine, &run->info);
+    IFKV_TRY(plan_run(run));
+    ifkv_status status = open_engine(run);
     run->of = calloc((size_t)run->n_method, sizeof *run->of);
     if (is_first) run->exact = malloc((size_t)run->info.n_vocab * sizeof *run->exact);
-    if (!run->of || (is_first && !run->exact))
+    if (status == IFKV_OK && (!run->of || (is_first && !run->exact)))
         status = IFKV_FAIL(IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "bench: out of memory");
     IFKV_TRY(ifkv_comm_agree(run->comm, status, NULL));
     if (run->timeline && run->engine->backend->is_emulated)
@@ -336,12 +408,13 @@ static ifkv_status open_run(bench_run *run) {
 ifkv_status bench_prefill(ifkv_comm *comm, const cli_options *options) {
     bench_run run = {.comm = comm, .options = options};
     ifkv_status status = open_run(&run);
-    if (status == IFKV_OK) status = options->requests ? run_requests(&run) : run_lengths(&run);
+    if (status == IFKV_OK) status = each_case(&run, run_case);
     if (status == IFKV_OK && run.report) status = bench_report_finish(run.report);
     if (status == IFKV_OK) status = ifkv_comm_agree(comm, status, NULL);
     bench_report_close(run.report);
     if (ifkv_comm_rank(comm) == 0) ifkv_timeline_destroy(run.timeline);
     ifkv_engine_close(run.engine);
+    ifkv_requests_free(run.list);
     free(run.exact);
     free(run.of);
     return status;

@@ -111,7 +111,7 @@ static void print_length(const bench_report *report, const bench_row *row) {
                        "(%.2fx over one GPU)\n",
                        (long long)row->n_token, published[i].single, published[i].ring,
                        published[i].infoflow, (double)published[i].single / published[i].infoflow);
-    printf("# %7s %-20s %-20s %8s %9s %8s %8s %8s %8s", "tokens", "method", "time is", "selected",
+    printf("# %7s %-26s %-20s %8s %9s %8s %8s %8s %8s", "tokens", "method", "time is", "selected",
            "ttft", "spread", "speed-up", "TFLOP/s", "of floor");
     for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++)
         printf(" %9s", ifkv_stage_name((ifkv_stage)stage));
@@ -127,7 +127,7 @@ static void print_row(bench_report *report, const bench_row *row) {
     snprintf(name, sizeof name, "%s%s%s", row->method->label, has_exchange ? "" : " ",
              has_exchange ? "" : row->exchange);
     char cell[6][32];
-    printf("  %7lld %-20s %-20s %8lld %s %s %s %s %s", (long long)row->n_token, name,
+    printf("  %7lld %-26s %-20s %8lld %s %s %s %s %s", (long long)row->n_token, name,
            row->link ? row->link->name : time_is(report, row), (long long)row->n_selected,
            bench_cell(cell[0], 9, "%.2f", row->median_ms),
            bench_cell(cell[1], 8, "%.1f%%", 100 * (row->max_ms - row->min_ms) / row->median_ms),
@@ -157,6 +157,11 @@ static json_t *stage_numbers(const double *value) {
     return object;
 }
 
+static json_t *tier_name(bench_tier tier) {
+    static const char *const names[] = {[BENCH_HOST] = "host", [BENCH_DEVICE] = "device"};
+    return tier == BENCH_COLD ? json_null() : json_string(names[tier]);
+}
+
 static json_t *row_object(const bench_report *report, const bench_row *row) {
     const cli_options *o = report->options;
     json_t *runs = json_array(), *bytes = json_object();
@@ -169,14 +174,15 @@ static json_t *row_object(const bench_report *report, const bench_row *row) {
     json_t *object = json_pack(
         "{s:s, s:s, s:b, s:s, s:s, s:s, s:i, s:i, s:s, s:I, s:I, s:s, s:o, s:o, s:o, s:o, s:o, "
         "s:o, s:o, s:f}",
-        "kind", "prefill", "time", time_is(report, row), "warm", row->method->is_warm, "method",
-        row->method->method, "label", row->method->label, "exchange", row->exchange, "ranks",
-        row->n_rank, "threads", report->info.n_thread, "backend", report->info.backend, "tokens",
-        (json_int_t)row->n_token, "selected", (json_int_t)row->n_selected, "ratio",
+        "kind", "prefill", "time", time_is(report, row), "warm", row->method->tier != BENCH_COLD,
+        "method", row->method->method, "label", row->method->label, "exchange", row->exchange,
+        "ranks", row->n_rank, "threads", report->info.n_thread, "backend", report->info.backend,
+        "tokens", (json_int_t)row->n_token, "selected", (json_int_t)row->n_selected, "ratio",
         o->ratio ? o->ratio : "0.15", "ttft_ms", bench_real(row->median_ms), "min_ms",
         bench_real(row->min_ms), "max_ms", bench_real(row->max_ms), "runs_ms", runs, "ms",
         stage_numbers(row->ms), "bytes", bytes, "speedup", bench_real(row->speedup), "error",
         row->error);
+    json_object_set_new(object, "tier", tier_name(row->method->tier));
     json_object_set_new(object, "tflops", bench_real(tflops(row)));
     json_object_set_new(object, "floor_share", bench_real(floor_share(row)));
     json_object_set_new(object, "rates", rates_object(&report->rates));

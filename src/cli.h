@@ -14,11 +14,12 @@ typedef struct cli_options {
     const char *model, *requests, *out, *run;
     const char *method, *ratio, *exchange, *score, *score_rows, *score_layers, *geometry, *hp,
         *placement, *ride, *scoring;
-    const char *backend, *comm, *store, *store_size;
+    const char *backend, *comm, *store;
     const char *lengths, *methods, *links, *device;
     int64_t chunk, max_new, epic_k, ranks, threads, collective_timeout, repeat, warm_up;
     uint64_t seed, random_weights;
-    bool has_random_weights, has_chunk;
+    uint64_t store_size, store_device; /* bytes */
+    bool has_random_weights, has_chunk, has_store_size;
     bool local_sink, reorder, reorder_force, refit;
     bool save_kv, save_logits, save_scores, resume, overwrite, json, quiet, verbose, project, help;
     const char **argument; /* [n_argument] what is not an option */

@@ -10,7 +10,7 @@
 #include "json.h"
 #include "status.h"
 
-typedef enum option_kind { KIND_FLAG, KIND_TEXT, KIND_COUNT, KIND_SEED } option_kind;
+typedef enum option_kind { KIND_FLAG, KIND_TEXT, KIND_COUNT, KIND_SEED, KIND_SIZE } option_kind;
 
 typedef struct option {
     const char *name;
@@ -76,17 +76,19 @@ static const option table[] = {
     {"max-new", KIND_COUNT, CLI_METHOD, AT(max_new), 0, INT32_MAX, "N", "32",
      "generated tokens at most; 0: prefill only"},
     {"ride", KIND_TEXT, CLI_METHOD, AT(ride), 0, 0, "ROWS", "both",
-     "both, score, prompt or none: scoring rows run through encode (without --store, under "
-     "geometry "
-     "global), the prompt through recompute; changes time, never results"},
+     "both, score, prompt or none: scoring rows run through encode (without a chunk store, under "
+     "geometry global), the prompt through recompute; changes time, never results"},
     {"epic-k", KIND_COUNT, CLI_METHOD, AT(epic_k), 0, INT32_MAX, "N", "16",
      "rows at the head of each chunk that method epic recomputes; 0: 16"},
     {"seed", KIND_SEED, CLI_METHOD, AT(seed), 0, 0, "S", "0",
      "of method random, and of what a bench draws"},
     {"store", KIND_TEXT, CLI_STORE, AT(store), 0, 0, "DIR", NULL,
      "keep the K/V of chunks there and use those found, at any place of any request"},
-    {"store-size", KIND_TEXT, CLI_STORE, AT(store_size), 0, 0, "BYTES", "0",
+    {"store-size", KIND_SIZE, CLI_STORE, AT(store_size), AT(has_store_size), 0, "BYTES", "0",
      "largest size of DIR: N, NK, NM, NG or NT (powers of 1024); 0: no bound"},
+    {"store-device", KIND_SIZE, CLI_STORE, AT(store_device), 0, 0, "BYTES", "0",
+     "memory in which each rank's device (under cpu the host) keeps the K/V of chunks from request "
+     "to request, with or without DIR; those used longest ago go; 0: none"},
     {"out", KIND_TEXT, CLI_OUTPUT, AT(out), 0, 0, "DIR", NULL,
      "results.jsonl, one .h5 a request, manifest.jsonl"},
     {"save-kv", KIND_FLAG, CLI_OUTPUT, AT(save_kv), 0, 0, NULL, NULL, "write every rank's K/V"},
@@ -102,7 +104,8 @@ static const option table[] = {
      "tokens; of bench prefill context and prompt together, random ids in chunks of --chunk; of "
      "bench comm bytes"},
     {"methods", KIND_TEXT, CLI_BENCH, AT(methods), 0, 0, "LIST", NULL,
-     "method[/exchange][/warm],... (default: full, and on several ranks every rival)"},
+     "method[/exchange][/warm|/warm-device],...; warm: chunks from host memory, warm-device: from "
+     "the device's (default: full, infoflow and warm tiers, on several ranks every rival)"},
     {"repeat", KIND_COUNT, CLI_BENCH, AT(repeat), 0, 64, "N", "3",
      "measured runs of each method, in turns, or of an operation; the median counts"},
     {"warm-up", KIND_COUNT, CLI_BENCH, AT(warm_up), 0, 64, "N", "1", "runs before them"},
@@ -184,6 +187,23 @@ const cli_command *cli_command_find(const char *name, const char **nearest_p) {
 
 /* ---- values ---- */
 
+/* Bytes: "N", "NK", "NM", "NG", "NT" in powers of 1024. */
+static ifkv_status parse_size(const char *text, const char *from, uint64_t *bytes_p) {
+    static const char units[] = "KMGT";
+    char *end = NULL, shown[IFKV_QUOTE_BYTES];
+    const bool is_number = *text >= '0' && *text <= '9';
+    errno = 0;
+    const unsigned long long n = is_number ? strtoull(text, &end, 10) : 0;
+    const char *unit = is_number && *end ? strchr(units, *end) : NULL;
+    const unsigned shift = unit ? 10 * (unsigned)(unit - units + 1) : 0;
+    IFKV_REQUIRE(is_number && !errno && (!*end || (unit && !end[1])) && n <= UINT64_MAX >> shift,
+                 IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "%s: got \"%s\", expected a number of bytes: N, NK, NM, NG or NT", from,
+                 ifkv_quote(text, strlen(text), shown));
+    *bytes_p = (uint64_t)n << shift;
+    return IFKV_OK;
+}
+
 /* Set one option from text; `from` names where the text stands. */
 static ifkv_status set_option(cli_options *options, const option *o, const char *text,
                               const char *from) {
@@ -207,6 +227,8 @@ static ifkv_status set_option(cli_options *options, const option *o, const char 
         IFKV_REQUIRE(is_number && !errno && !*end, IFKV_ERR_USAGE, IFKV_E_VALUE,
                      "%s: got \"%s\", expected a whole number below 2^64", from, shown);
         *(uint64_t *)value = n;
+    } else if (o->kind == KIND_SIZE) {
+        IFKV_TRY(parse_size(text, from, value));
     } else {
         IFKV_REQUIRE(!strcmp(text, "1") || !strcmp(text, "0"), IFKV_ERR_USAGE, IFKV_E_VALUE,
                      "%s: got \"%s\", expected 0 or 1", from, shown);

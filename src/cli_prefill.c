@@ -20,6 +20,7 @@ ifkv_engine_options cli_engine_options(const cli_options *options, bool check_on
         .random_weights = options->has_random_weights,
         .seed = options->random_weights,
         .check_only = check_only,
+        .pool_bytes = options->store_device,
     };
 }
 
@@ -142,13 +143,17 @@ static void print_head(const ifkv_result *result) {
     printf("%-24s %8s %8s", "# request", "tokens", "selected");
     for (int stage = 0; stage < IFKV_STAGE_DECODE; stage++)
         printf(" %9s", ifkv_stage_name((ifkv_stage)stage));
-    printf(" %9s %9s %6s %9s%s\n", "ttft", "decode", "answer", "MB moved",
-           result->has_store ? "   store" : "");
+    printf(" %9s %9s %6s %9s%s%s%s\n", "ttft", "decode", "answer", "MB moved",
+           result->has_store ? "     disk" : "", result->has_pool ? "   device" : "",
+           result->has_store || result->has_pool ? "   store" : "");
 }
 
-/* Cold, warm, or the share of the context that was found. */
+/* Tokens from each tier; then cold, warm, or the share of the context that was found. */
 static void print_store(const ifkv_result *result) {
-    if (!result->has_store) return;
+    const long long device = result->store_tokens_device;
+    if (!result->has_store && !result->has_pool) return;
+    if (result->has_store) printf(" %8lld", (long long)result->store_tokens_hit - device);
+    if (result->has_pool) printf(" %8lld", device);
     if (result->store_hits > 0 && result->store_misses > 0)
         printf(" %6.1f%%", 100.0 * (double)result->store_tokens_hit / (double)result->n_context);
     else
@@ -264,7 +269,8 @@ static ifkv_status open_output(prefill_run *run) {
              or_default(o->backend, "auto"),
              is_rank_bound || o->save_kv ? ifkv_comm_size(run->comm) : 0, o->save_kv,
              o->save_logits, o->save_scores,
-             o->store ? ";store=1" : "", /* what is in it changes nothing, that it is used does */
+             /* what is in it changes nothing, that it is used does, in whatever tier */
+             o->store || o->store_device ? ";store=1" : "",
              !is_local       ? ""
              : o->local_sink ? ";scoring=local;local_sink=1"
                              : ";scoring=local",
@@ -468,6 +474,9 @@ ifkv_status cli_check(ifkv_comm *comm, const cli_options *options) {
             printf("requests  %s: %lld valid\n", options->requests, (long long)run.list->n);
         printf("memory    of a rank of %d: %.1f MB weights", ifkv_comm_size(comm),
                (double)info.weight_bytes / 1e6);
+        if (info.pool_bytes)
+            printf(" + %.1f MB for %lld tokens of chunks it keeps", (double)info.pool_bytes / 1e6,
+                   (long long)info.pool_rows);
         if (run.list) printf(" + %.1f MB for the longest request", (double)most / 1e6);
         printf("\nok\n");
     }

@@ -1,5 +1,4 @@
 /* The chunk store on the command line: --store of other commands, and command store.  See cli.h. */
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,25 +7,6 @@
 #include "cli.h"
 #include "status.h"
 
-/* "N", "NK", "NM", "NG", "NT" in powers of 1024; NULL is 0. */
-static ifkv_status parse_size(const char *text, uint64_t *bytes_p) {
-    static const char units[] = "KMGT";
-    char *end = NULL, shown[IFKV_QUOTE_BYTES];
-    *bytes_p = 0;
-    if (!text) return IFKV_OK;
-    const bool is_number = *text >= '0' && *text <= '9';
-    errno = 0;
-    const unsigned long long n = is_number ? strtoull(text, &end, 10) : 0;
-    const char *unit = is_number && *end ? strchr(units, *end) : NULL;
-    const unsigned shift = unit ? 10 * (unsigned)(unit - units + 1) : 0;
-    IFKV_REQUIRE(is_number && !errno && (!*end || (unit && !end[1])) && n <= UINT64_MAX >> shift,
-                 IFKV_ERR_USAGE, IFKV_E_VALUE,
-                 "--store-size: got \"%s\", expected a number of bytes: N, NK, NM, NG or NT",
-                 ifkv_quote(text, strlen(text), shown));
-    *bytes_p = (uint64_t)n << shift;
-    return IFKV_OK;
-}
-
 /* Only one rank meets a chunk, so it speaks for all. */
 static void say_warning(void *arg, const char *line) {
     const cli_options *options = arg;
@@ -34,9 +14,10 @@ static void say_warning(void *arg, const char *line) {
 }
 
 static ifkv_status open_own(const cli_options *options, ifkv_chunk_store **store_p) {
-    ifkv_chunk_store_options store = {
-        .dir = options->store, .say = say_warning, .say_arg = (void *)options};
-    IFKV_TRY(parse_size(options->store_size, &store.max_bytes));
+    const ifkv_chunk_store_options store = {.dir = options->store,
+                                            .max_bytes = options->store_size,
+                                            .say = say_warning,
+                                            .say_arg = (void *)options};
     return ifkv_chunk_store_open(&store, store_p);
 }
 
@@ -45,14 +26,10 @@ ifkv_status cli_store_open(ifkv_comm *comm, const cli_options *options,
     const bool is_shared = !strcmp(ifkv_comm_name(comm), "thread");
     const bool is_owner = !is_shared || ifkv_comm_rank(comm) == 0;
     ifkv_chunk_store *store = NULL;
-    uint64_t bytes;
     ifkv_status status = IFKV_OK;
-    if (!options->store)
-        status = parse_size(options->store_size, &bytes);
-    else if (is_owner)
-        status = open_own(options, &store);
-    IFKV_TRY(ifkv_comm_agree(comm, status, NULL));
     if (!options->store) return IFKV_OK;
+    if (is_owner) status = open_own(options, &store);
+    IFKV_TRY(ifkv_comm_agree(comm, status, NULL));
     if (is_shared) {
         IFKV_TRY(ifkv_comm_bcast(comm, &store, sizeof store, 0));
         if (!is_owner) ifkv_chunk_store_share(store);
@@ -99,12 +76,11 @@ static ifkv_status verify(const char *dir) {
 }
 
 static ifkv_status prune(const char *dir, const cli_options *options) {
-    uint64_t max_bytes, bytes;
+    uint64_t bytes;
     int64_t n;
-    IFKV_REQUIRE(options->store_size, IFKV_ERR_USAGE, IFKV_E_ARGUMENT,
+    IFKV_REQUIRE(options->has_store_size, IFKV_ERR_USAGE, IFKV_E_ARGUMENT,
                  "store prune: got no --store-size, expected the bytes to keep");
-    IFKV_TRY(parse_size(options->store_size, &max_bytes));
-    IFKV_TRY(ifkv_store_prune(dir, max_bytes, &n, &bytes));
+    IFKV_TRY(ifkv_store_prune(dir, options->store_size, &n, &bytes));
     printf("%s: %lld entries removed, %llu bytes\n", dir, (long long)n, (unsigned long long)bytes);
     return IFKV_OK;
 }

@@ -144,6 +144,25 @@ static ifkv_status open_local(ifkv_engine *engine, const ifkv_engine_options *op
     return IFKV_OK;
 }
 
+static ifkv_status plan_pool(ifkv_engine *engine, const ifkv_engine_options *options) {
+    const ifkv_config *config = &engine->model.config;
+    IFKV_TRY(ifkv_pool_init(&engine->pool, engine->backend->ops->dtype, config->n_layer,
+                            (int64_t)config->n_kv_head * config->d_head, options->pool_bytes));
+    if (!engine->pool.is_on) return IFKV_OK;
+    IFKV_TRY(ifkv_engine_check_memory(engine, 0));
+    return options->check_only ? IFKV_OK : ifkv_pool_alloc(&engine->pool, engine->backend);
+}
+
+/* Take the memory of the pool, and learn the largest.  Collective. */
+static ifkv_status open_pool(ifkv_engine *engine, const ifkv_engine_options *options) {
+    ifkv_comm *comm = engine->comm;
+    IFKV_TRY(ifkv_comm_agree(comm, plan_pool(engine, options), NULL));
+    int64_t most = (int64_t)engine->pool.bytes;
+    IFKV_TRY(ifkv_comm_all_reduce_i64(comm, &most, 1, IFKV_REDUCE_MAX));
+    engine->most_pool = (uint64_t)most;
+    return IFKV_OK;
+}
+
 static ifkv_status attach(ifkv_engine *engine) {
     int64_t most = engine->n_sharing;
     IFKV_TRY(ifkv_comm_all_reduce_i64(engine->comm, &most, 1, IFKV_REDUCE_MAX));
@@ -169,6 +188,7 @@ ifkv_status ifkv_engine_open(ifkv_comm *comm, const ifkv_engine_options *caller_
     IFKV_TRY_GOTO(status, share_memory(engine), err_close);
     IFKV_TRY_GOTO(status, open_model(engine, &options), err_close);
     IFKV_TRY_GOTO(status, ifkv_comm_agree(comm, prepare(engine), NULL), err_close);
+    IFKV_TRY_GOTO(status, open_pool(engine, &options), err_close);
     if (!options.check_only) IFKV_TRY_GOTO(status, attach(engine), err_close);
     *engine_p = engine;
     return IFKV_OK;
@@ -182,6 +202,7 @@ void ifkv_engine_close(ifkv_engine *engine) {
     if (engine->has_session) ifkv_log(IFKV_LOG_WARN, "engine closed while a session is open");
     if (engine->arena) ifkv_comm_free(engine->data, engine->backend, engine->arena);
     ifkv_comm_detach(engine->data);
+    ifkv_pool_fini(&engine->pool, engine->backend);
     ifkv_model_fini(&engine->model);
     ifkv_backend_close(engine->backend);
     free(engine->frequency);
@@ -218,19 +239,25 @@ ifkv_status ifkv_engine_info(const ifkv_engine *engine, ifkv_model_info *caller_
         .n_thread = engine->backend->n_thread,
         .device = engine->backend->device,
         .element_bytes = ifkv_dtype_bytes(engine->backend->ops->dtype),
+        .pool_bytes = engine->pool.bytes,
+        .pool_rows = engine->pool.cache.capacity,
     };
     return ifkv_struct_write(caller_info, &info, sizeof info, "model_info");
 }
 
 ifkv_status ifkv_engine_check_memory(const ifkv_engine *engine, size_t arena_bytes) {
     /* alloc may promise more than there is; a kill in mid-run would be the only message then */
-    const uint64_t share = memory_share(engine);
+    const uint64_t share = memory_share(engine), weights = engine->weight_bytes,
+                   pool = engine->pool.bytes;
+    char kept[64] = "";
+    if (pool > 0) snprintf(kept, sizeof kept, " + %.1f MB for chunks it keeps", (double)pool / 1e6);
     IFKV_REQUIRE(
-        arena_bytes <= share && engine->weight_bytes <= share - arena_bytes, IFKV_ERR_RESOURCE,
-        IFKV_E_MEMORY,
-        "memory of a rank: got %.1f MB weights + %.1f MB for the request, expected at most "
+        arena_bytes <= share && weights <= share - arena_bytes &&
+            pool <= share - arena_bytes - weights,
+        IFKV_ERR_RESOURCE, IFKV_E_MEMORY,
+        "memory of a rank: got %.1f MB weights%s + %.1f MB for the request, expected at most "
         "%.1f MB, its share of the memory",
-        (double)engine->weight_bytes / 1e6, (double)arena_bytes / 1e6, (double)share / 1e6);
+        (double)weights / 1e6, kept, (double)arena_bytes / 1e6, (double)share / 1e6);
     return IFKV_OK;
 }
 

@@ -1,10 +1,11 @@
-/* Inside of an engine: the model on a back end, a communicator, and the one arena its sessions
- * carve from. */
+/* Inside of an engine: the model on a back end, a communicator, the one arena its sessions carve
+ * from, and the pool of chunks that they leave to each other. */
 #ifndef IFKV_SRC_ENGINE_H
 #define IFKV_SRC_ENGINE_H
 
 #include "comm.h"
 #include "model.h"
+#include "pool.h"
 
 struct ifkv_engine {
     ifkv_comm *comm; /* borrowed */
@@ -15,6 +16,8 @@ struct ifkv_engine {
     double *frequency;   /* [d_head / 2] of rope.h */
     void *arena;         /* back-end memory */
     size_t arena_bytes;
+    ifkv_pool pool;
+    uint64_t most_pool;     /* bytes of a rank's pool, maximum over ranks */
     uint64_t *unit;         /* [size] owned: whose memory each rank uses, see backend.h */
     int n_sharing;          /* ranks that share this one's */
     uint64_t least_share;   /* bytes: a rank's share of such memory, minimum over ranks */
@@ -40,8 +43,8 @@ ifkv_status ifkv_struct_read(void *to, size_t to_size, const void *from, const c
 /* The other way round, for structs the caller receives: writes only what fits, keeps `size`. */
 ifkv_status ifkv_struct_write(void *to, const void *from, size_t from_size, const char *name);
 
-/* RESOURCE, with the plan, unless weights and an arena of this size fit into this rank's share of
- * the memory it computes in.  Local. */
+/* RESOURCE, with the plan, unless weights, pool and an arena of this size fit into this rank's
+ * share of the memory it computes in.  Local. */
 ifkv_status ifkv_engine_check_memory(const ifkv_engine *engine, size_t arena_bytes);
 
 /* Resident bytes of this process now, and at most so far; 0 where the system does not tell. */

@@ -121,6 +121,10 @@ typedef struct ifkv_engine_options {
     uint64_t seed;
     bool check_only; /* validate config.json, index and every header, and stop before any weight is
                         read */
+    uint64_t pool_bytes; /* back-end memory in which this rank keeps chunks from session to session,
+                            taken once; 0: none.  A chunk is encoded as for a store, is looked for
+                            here first and kept here whether or not there is one; what does not fit
+                            is not kept, those used longest ago go */
 } ifkv_engine_options;
 
 /* Validate a model directory and, unless check_only, load it.  Collective; comm is borrowed for the
@@ -142,6 +146,8 @@ typedef struct ifkv_model_info {
     int n_thread;
     const char *device;   /* what that computes on, for people */
     size_t element_bytes; /* of weights, activations, K and V */
+    size_t pool_bytes;    /* of this rank's pool, as taken */
+    int64_t pool_rows;    /* context rows that it holds */
 } ifkv_model_info;
 
 /* Describe the model.  Strings are borrowed from the engine.  Local. */
@@ -266,7 +272,8 @@ typedef struct ifkv_prefill_options {
     ifkv_progress_fn progress;
     void *progress_arg;
     const ifkv_store *store; /* this rank's chunk store, on every rank or on none; NULL: none.  Bits
-                                do not depend on what is in it.  Not used by exact methods */
+                                do not depend on what is in it, nor on whether it is this or the
+                                engine's pool.  Not used by exact methods */
     const char *geometry;    /* of scoring; NULL: "global"; "hl-tp", "hl-hp", "tl-tp" */
     const char *hp;          /* of geometry "hl-hp"; NULL: "shared"; "per_chunk" */
     int64_t epic_k;          /* of method "epic": rows at the head of each chunk; 0: 16 */
@@ -285,6 +292,8 @@ typedef struct ifkv_prefill_options {
                             "global" only; "force": also chunks that `chunk` cut */
     bool refit; /* rows that are not recomputed are moved by an affine map per layer and K/V head,
                    fitted on those that are; needs exchange "delta" or one rank */
+    const char *pool; /* NULL: "on": use the engine's pool, where it has one; "off": leave it alone,
+                         as exact methods do.  The same on every rank */
 } ifkv_prefill_options;
 
 /* Validate what needs no model: names, ratio, ranges.  Local.  Errors: USAGE, naming the option. */
@@ -335,7 +344,8 @@ typedef struct ifkv_result {
     const char *geometry;     /* as used while scoring: "global"; "" if no attention was scored */
     const char *hp;           /* "shared" or "per_chunk" under "hl-hp", else "" */
     bool has_store;           /* a chunk store was used */
-    int64_t store_hits, store_misses; /* entries, sum over ranks: chunks, and the prefix rows */
+    int64_t store_hits, store_misses; /* entries in store or pool, sum over ranks: chunks, and the
+                                         prefix rows */
     int64_t store_tokens_hit;         /* context rows that were loaded, of n_context */
     bool rode[IFKV_N_STAGE]; /* stages that rode: score in encode, prompt in recompute, which count
                                 their ms; their own is 0 */
@@ -346,6 +356,8 @@ typedef struct ifkv_result {
     const int64_t *chunk_order;  /* [n_chunk] the request's chunk that stands in each place; NULL
                                     without reorder */
     const char *device;          /* what the back end computes on, for people */
+    bool has_pool;               /* the engine's pool was used */
+    int64_t store_tokens_device; /* of store_tokens_hit: those that came from the pool */
 } ifkv_result;
 
 /* The result so far, the same on every rank except first_logits; arrays borrowed from the session.

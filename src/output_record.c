@@ -68,11 +68,18 @@ static double hit_fraction(const ifkv_result *result) {
     return result->n_context ? (double)result->store_tokens_hit / (double)result->n_context : 0;
 }
 
+/* The tool's store is a directory: what did not come from the device came from its disk. */
+static int64_t tokens_disk(const ifkv_result *result) {
+    return result->store_tokens_hit - result->store_tokens_device;
+}
+
 static json_t *store_to_json(const ifkv_result *result) {
-    if (!result->has_store) return json_null();
-    return json_pack("{s:I, s:I, s:I, s:f}", "hits", (json_int_t)result->store_hits, "misses",
-                     (json_int_t)result->store_misses, "tokens_hit",
-                     (json_int_t)result->store_tokens_hit, "hit_fraction", hit_fraction(result));
+    if (!result->has_store && !result->has_pool) return json_null();
+    return json_pack("{s:I, s:I, s:I, s:f, s:I, s:I}", "hits", (json_int_t)result->store_hits,
+                     "misses", (json_int_t)result->store_misses, "tokens_hit",
+                     (json_int_t)result->store_tokens_hit, "hit_fraction", hit_fraction(result),
+                     "tokens_disk", (json_int_t)tokens_disk(result), "tokens_device",
+                     (json_int_t)result->store_tokens_device);
 }
 
 static json_t *auto_to_json(const ifkv_result *result) {
@@ -198,10 +205,12 @@ static ifkv_status write_numbers(ifkv_h5 *file, const ifkv_result *r) {
 }
 
 static ifkv_status write_store(ifkv_h5 *file, const ifkv_result *r) {
-    if (!r->has_store) return IFKV_OK;
+    if (!r->has_store && !r->has_pool) return IFKV_OK;
     IFKV_TRY(ifkv_h5_i64_write(file, "store_hits", r->store_hits));
     IFKV_TRY(ifkv_h5_i64_write(file, "store_misses", r->store_misses));
     IFKV_TRY(ifkv_h5_i64_write(file, "store_tokens_hit", r->store_tokens_hit));
+    IFKV_TRY(ifkv_h5_i64_write(file, "store_tokens_disk", tokens_disk(r)));
+    IFKV_TRY(ifkv_h5_i64_write(file, "store_tokens_device", r->store_tokens_device));
     return ifkv_h5_f64_write(file, "store_hit_fraction", hit_fraction(r));
 }
 

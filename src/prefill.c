@@ -104,7 +104,9 @@ ifkv_status ifkv_prefill_encode(ifkv_session *session) {
     if (session->reuse.is_on) {
         IFKV_TRY(ifkv_reuse_encode(session));
         if (!session->reorder.is_on) IFKV_TRY(ifkv_reuse_place(session));
-        return session->engine->backend->ops->sync(session->engine->backend);
+        IFKV_TRY(session->engine->backend->ops->sync(session->engine->backend));
+        ifkv_reuse_commit(session);
+        return IFKV_OK;
     }
     ifkv_backend *backend = session->engine->backend;
     ifkv_selector *rider = session->rides[IFKV_STAGE_SCORE] ? session->selector : NULL;

@@ -46,7 +46,9 @@ ifkv_status ifkv_reuse_plan(ifkv_session *session) {
     session->encode_token = malloc(n * sizeof *session->encode_token + 1);
     session->encode_position = malloc(n * sizeof *session->encode_position + 1);
     session->encode_stage = malloc(3 * n * sizeof *session->encode_stage + 1);
-    IFKV_REQUIRE(session->encode_token && session->encode_position && session->encode_stage,
+    reuse->pool_row = malloc((size_t)session->n_kept * sizeof *reuse->pool_row + 1);
+    IFKV_REQUIRE(session->encode_token && session->encode_position && session->encode_stage &&
+                     reuse->pool_row,
                  IFKV_ERR_RESOURCE, IFKV_E_MEMORY, "session: out of host memory");
     return ifkv_pass_init(&session->encode, &session->engine->model, session->engine->backend,
                           session->engine->frequency, session->n_encoded, reuse->n_unit);
@@ -58,10 +60,13 @@ void ifkv_reuse_layout(ifkv_session *session, ifkv_arena *arena) {
     reuse->no_angles = ifkv_arena_view(arena, IFKV_DTYPE_F32, session->encode.max_block, d_head);
     reuse->shard_position = ifkv_arena_take(arena, session->n_kept, sizeof *reuse->shard_position);
     reuse->shard_angles = ifkv_arena_view(arena, IFKV_DTYPE_F32, session->n_kept, d_head);
+    if (reuse->has_pool)
+        reuse->pool_row_list = ifkv_arena_take(arena, session->n_kept, sizeof(int64_t));
 }
 
 void ifkv_reuse_fini(ifkv_reuse *reuse) {
     free(reuse->unit);
+    free(reuse->pool_row);
     memset(reuse, 0, sizeof *reuse);
 }
 
@@ -83,8 +88,8 @@ static void describe(ifkv_session *session) {
              (long long)c->rope_original);
 }
 
-static ifkv_status make_entry(const ifkv_session *session, const ifkv_reuse_unit *unit,
-                              ifkv_store_entry *entry) {
+ifkv_status ifkv_reuse_entry(const ifkv_session *session, const ifkv_reuse_unit *unit,
+                             ifkv_store_entry *entry) {
     const ifkv_config *config = &session->engine->model.config;
     const ifkv_dtype dtype = session->engine->backend->ops->dtype;
     const int64_t n_prefix = session->placement.n_prefix;
@@ -149,34 +154,42 @@ static bool download_layer(void *arg, int layer, void *k, void *v) {
 ifkv_status ifkv_reuse_probe(ifkv_session *session, bool *is_loaded) {
     const ifkv_reuse *reuse = &session->reuse;
     const ifkv_placement *placement = &session->placement;
+    const bool can_ask = reuse->has_store && reuse->store.has;
     memset(is_loaded, 0, (size_t)placement->n_chunk * sizeof *is_loaded);
-    if (!reuse->has_store || !reuse->store.has) return IFKV_OK;
+    if (!can_ask && !reuse->has_pool) return IFKV_OK;
     describe(session);
     for (int64_t i = 0; i < reuse->n_unit; i++) {
         const ifkv_reuse_unit *unit = &reuse->unit[i];
         ifkv_store_entry entry;
         if (unit->index < placement->n_prefix) continue; /* the prefix, a few rows */
-        IFKV_TRY(make_entry(session, unit, &entry));
+        IFKV_TRY(ifkv_reuse_entry(session, unit, &entry));
         is_loaded[ifkv_placement_chunk_of(placement, unit->index)] =
-            reuse->store.has(reuse->store.arg, &entry);
+            (reuse->has_pool && ifkv_pool_has(&session->engine->pool, &entry)) ||
+            (can_ask && reuse->store.has(reuse->store.arg, &entry));
     }
     return IFKV_OK;
 }
 
+static ifkv_status load_unit(ifkv_session *session, ifkv_reuse_unit *unit) {
+    ifkv_reuse *reuse = &session->reuse;
+    layer_copy copy = {session, unit, IFKV_OK};
+    ifkv_store_entry entry;
+    IFKV_TRY(ifkv_reuse_entry(session, unit, &entry));
+    unit->is_hit = reuse->has_pool && ifkv_reuse_pool_find(session, unit, &entry);
+    if (!unit->is_hit && reuse->has_store)
+        unit->is_hit = reuse->store.load(reuse->store.arg, &entry, upload_layer, &copy);
+    reuse->n_hit += unit->is_hit;
+    reuse->n_miss += !unit->is_hit;
+    reuse->n_row_hit += unit->is_hit ? unit->n_row : 0;
+    return copy.status;
+}
+
 static ifkv_status load_units(ifkv_session *session) {
     ifkv_reuse *reuse = &session->reuse;
-    for (int64_t i = 0; i < reuse->n_unit; i++) {
-        ifkv_reuse_unit *unit = &reuse->unit[i];
-        layer_copy copy = {session, unit, IFKV_OK};
-        ifkv_store_entry entry;
-        IFKV_TRY(make_entry(session, unit, &entry));
-        unit->is_hit = reuse->store.load(reuse->store.arg, &entry, upload_layer, &copy);
-        IFKV_TRY(copy.status);
-        reuse->n_hit += unit->is_hit;
-        reuse->n_miss += !unit->is_hit;
-        reuse->n_row_hit += unit->is_hit ? unit->n_row : 0;
-    }
-    return IFKV_OK;
+    describe(session);
+    if (reuse->has_pool) ifkv_pool_begin(&session->engine->pool);
+    for (int64_t i = 0; i < reuse->n_unit; i++) IFKV_TRY(load_unit(session, &reuse->unit[i]));
+    return reuse->has_pool ? ifkv_reuse_pool_load(session) : IFKV_OK;
 }
 
 static ifkv_status save_misses(ifkv_session *session) {
@@ -185,7 +198,7 @@ static ifkv_status save_misses(ifkv_session *session) {
         layer_copy copy = {session, &reuse->unit[i], IFKV_OK};
         ifkv_store_entry entry;
         if (reuse->unit[i].is_hit) continue;
-        IFKV_TRY(make_entry(session, &reuse->unit[i], &entry));
+        IFKV_TRY(ifkv_reuse_entry(session, &reuse->unit[i], &entry));
         reuse->store.save(reuse->store.arg, &entry, download_layer, &copy);
         IFKV_TRY(copy.status);
     }
@@ -289,12 +302,16 @@ static ifkv_status encode_misses(ifkv_session *session) {
 }
 
 ifkv_status ifkv_reuse_encode(ifkv_session *session) {
-    const bool has_store = session->reuse.has_store;
-    if (has_store) describe(session);
-    if (has_store) IFKV_TRY(load_units(session));
+    const ifkv_reuse *reuse = &session->reuse;
+    if (reuse->has_store || reuse->has_pool) IFKV_TRY(load_units(session));
     IFKV_TRY(encode_misses(session));
-    if (has_store) IFKV_TRY(save_misses(session)); /* before anything rewrites a row */
-    return IFKV_OK;
+    /* before anything rewrites a row */
+    if (reuse->has_pool) IFKV_TRY(ifkv_reuse_pool_save(session));
+    return reuse->has_store ? save_misses(session) : IFKV_OK;
+}
+
+void ifkv_reuse_commit(ifkv_session *session) {
+    if (session->reuse.has_pool) ifkv_pool_commit(&session->engine->pool);
 }
 
 ifkv_status ifkv_reuse_place(ifkv_session *session) {

@@ -248,7 +248,7 @@ static ifkv_status plan_selection(ifkv_session *session) {
             session->geometry = input.geometry;
             session->scoring = input.is_local ? "local" : "exact";
         }
-        /* with a store K lies in the shards unrotated until all layers are there */
+        /* with a store or a pool K lies in the shards unrotated until all layers are there */
         session->rides[IFKV_STAGE_SCORE] = may_ride(session, "score") && ops->ride_begin &&
                                            !session->reuse.is_on && !input.is_local &&
                                            input.geometry == IFKV_GEOMETRY_GLOBAL;
@@ -343,17 +343,18 @@ static bool is_exchange_open(const ifkv_session *session) {
     return !session->is_exact && !strcmp(name, "auto");
 }
 
-/* Memory of delta: weights, shard and full copy. */
+/* Memory of delta: weights, pool, shard and full copy. */
 static double delta_bytes(const ifkv_session *session) {
     const ifkv_engine *engine = session->engine;
     const ifkv_config *config = &engine->model.config;
     const double row = 2.0 * config->n_layer * config->n_kv_head * config->d_head *
                        (double)ifkv_dtype_bytes(engine->backend->ops->dtype);
-    return (double)engine->weight_bytes + 2 * row * (double)session->n_context;
+    return (double)engine->weight_bytes + (double)engine->most_pool +
+           2 * row * (double)session->n_context;
 }
 
-/* `auto` is `delta` if shard and full copy, each of all context rows, fit beside the weights into
- * half of the least share of memory, else `query`: a function of lengths and of what all ranks
+/* `auto` is `delta` if shard and full copy, each of all context rows, fit beside weights and pool
+ * into half of the least share of memory, else `query`: a function of lengths and of what all ranks
  * know, so that they decide alike. */
 static const char *pick_exchange(const ifkv_session *session) {
     if (session->is_exact) return session->method; /* its own exchange */
@@ -378,11 +379,13 @@ static void explain_exchange(ifkv_session *session) {
                                                          session->n_context, session->n_selected);
         mb[i] = 1e-6 * engine->model.config.n_layer * (bytes.shared + bytes.asked + bytes.fresh);
     }
-    snprintf(session->exchange_choice, sizeof session->exchange_choice,
-             "%s: delta needs %.1f MB with the weights, half of a rank's memory is %.1f MB; a rank "
-             "receives about %.2f MB by delta, %.2f MB by query",
-             session->exchange_name, 1e-6 * delta_bytes(session),
-             1e-6 * (double)engine->least_share / 2, mb[0], mb[1]);
+    snprintf(
+        session->exchange_choice, sizeof session->exchange_choice,
+        "%s: delta needs %.1f MB with the weights%s, half of a rank's memory is %.1f MB; a rank "
+        "receives about %.2f MB by delta, %.2f MB by query",
+        session->exchange_name, 1e-6 * delta_bytes(session),
+        engine->most_pool > 0 ? " and kept chunks" : "", 1e-6 * (double)engine->least_share / 2,
+        mb[0], mb[1]);
 }
 
 static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *request,
@@ -400,9 +403,13 @@ static ifkv_status read_arguments(ifkv_session *session, const ifkv_request *req
     session->max_new = session->options.max_new;
     IFKV_TRY(ifkv_reorder_check(&session->options, &session->reorder.is_on));
     /* an exact prefill makes other rows than a chunk's own */
-    session->reuse.has_store =
-        session->options.store && !session->is_exact && strcmp(session->method, "full");
-    session->reuse.is_on = session->reuse.has_store || session->reorder.is_on;
+    const bool has_entries = !session->is_exact && strcmp(session->method, "full");
+    bool is_pool_on;
+    IFKV_TRY(ifkv_session_pool(session->options.pool, &is_pool_on));
+    session->reuse.has_store = has_entries && session->options.store;
+    session->reuse.has_pool = has_entries && is_pool_on && session->engine->pool.is_on;
+    session->reuse.is_on =
+        session->reuse.has_store || session->reuse.has_pool || session->reorder.is_on;
     if (session->reuse.has_store)
         IFKV_TRY(ifkv_struct_read(&session->reuse.store, sizeof session->reuse.store,
                                   session->options.store, "store"));
@@ -442,11 +449,11 @@ static ifkv_status digest_plan(ifkv_session *session) {
     add_text(digest, session->scores && options->score ? options->score : "l2");
     add_text(digest, session->scoring);
     const int64_t number[] = {
-        session->n_context,        session->n_prompt,   session->n_question,
-        session->n_selected,       session->max_new,    session->scores != NULL,
-        options->selected != NULL, placement->n_prefix, placement->n_chunk,
-        session->reuse.has_store,  session->geometry,   options->local_sink,
-        session->reorder.is_on,    session->refit.is_on};
+        session->n_context,        session->n_prompt,       session->n_question,
+        session->n_selected,       session->max_new,        session->scores != NULL,
+        options->selected != NULL, placement->n_prefix,     placement->n_chunk,
+        session->reuse.has_store,  session->reuse.has_pool, session->geometry,
+        options->local_sink,       session->reorder.is_on,  session->refit.is_on};
     for (size_t i = 0; i < sizeof number / sizeof *number; i++)
         ifkv_digest_add_u64(digest, (uint64_t)number[i]);
     for (int i = 0; i < IFKV_N_STAGE; i++) ifkv_digest_add_u64(digest, session->rides[i]);

@@ -50,8 +50,8 @@ struct ifkv_session {
     ifkv_view encode_lse;           /* [n_encoded, n_head] written, never read */
     int64_t *encode_stage;          /* [3 * n_encoded] host */
 
-    ifkv_reuse reuse; /* where a chunk store is used or chunks change places: encode goes through it
-                       */
+    ifkv_reuse reuse; /* where a chunk store or the pool is used or chunks change places: encode
+                         goes through it */
     ifkv_reorder reorder;
 
     /* Select and recompute; an exact method's exchange serves encode instead. */
@@ -104,6 +104,7 @@ ifkv_status ifkv_request_check(const ifkv_config *config, const ifkv_request *re
                                int64_t max_new);
 /* Options by name; NULL is the default.  Errors: USAGE. */
 ifkv_status ifkv_session_placement(const char *name, ifkv_placement_kind *kind_p);
+ifkv_status ifkv_session_pool(const char *name, bool *is_on_p);
 ifkv_status ifkv_scoring_parse(const ifkv_prefill_options *options, bool *is_local_p);
 /* Exact prefill on all ranks goes by the name of its exchange. */
 bool ifkv_method_is_exact(const char *method);

@@ -58,7 +58,8 @@ static ifkv_status place(ifkv_engine *engine, const ifkv_request *request,
     ifkv_session *session = NULL;
     ifkv_status status = ifkv_session_create(engine, request, options, &session, &bytes);
     if (status == IFKV_OK) status = ifkv_engine_reserve(engine, bytes);
-    if (status == IFKV_OK && session->reuse.has_store) status = ifkv_engine_identify(engine);
+    const bool has_entries = session && (session->reuse.has_store || session->reuse.has_pool);
+    if (status == IFKV_OK && has_entries) status = ifkv_engine_identify(engine);
     status = ifkv_comm_agree(engine->comm, status, NULL);
     if (status == IFKV_OK)
         status = ifkv_comm_same(engine->comm, session->plan_digest, "chunks and options");
@@ -106,7 +107,8 @@ ifkv_status ifkv_session_open(ifkv_engine *engine, const ifkv_request *request,
     ifkv_backend *backend = engine->backend;
     ifkv_session *session = NULL;
     /* outside the clock, as loading them is; an error shows again where the ranks agree */
-    if (options && options->size >= sizeof *options && options->store) ifkv_engine_identify(engine);
+    const bool has_store = options && options->size >= sizeof *options && options->store;
+    if (has_store || engine->pool.is_on) ifkv_engine_identify(engine);
     IFKV_TRY(check_stop(engine->comm, options));
     const bool is_auto = ifkv_auto_is_asked(options);
     ifkv_rates rates = {.size = sizeof rates};
@@ -176,11 +178,12 @@ static ifkv_status reduce_result(ifkv_session *session, ifkv_result *result) {
         peak > engine->resident_before ? (int64_t)(peak - engine->resident_before) : 0;
     const int n_shared = strcmp(ifkv_comm_name(engine->comm), "thread") ? 1 : engine->comm->size;
     value[2 * IFKV_N_STAGE] = engine->comm->rank == 0 ? (int64_t)(session->ttft_ms * 1e6) : 0;
-    value[2 * IFKV_N_STAGE + 1] = (int64_t)(engine->weight_bytes + engine->arena_bytes);
+    value[2 * IFKV_N_STAGE + 1] =
+        (int64_t)(engine->weight_bytes + engine->pool.bytes + engine->arena_bytes);
     value[2 * IFKV_N_STAGE + 2] = used / n_shared;
     IFKV_TRY(ifkv_comm_all_reduce_i64(engine->comm, value, sizeof value / sizeof *value,
                                       IFKV_REDUCE_MAX));
-    int64_t sum[] = {total, reuse->n_hit, reuse->n_miss, reuse->n_row_hit};
+    int64_t sum[] = {total, reuse->n_hit, reuse->n_miss, reuse->n_row_hit, reuse->n_row_pooled};
     IFKV_TRY(
         ifkv_comm_all_reduce_i64(engine->comm, sum, sizeof sum / sizeof *sum, IFKV_REDUCE_SUM));
     for (int i = 0; i < IFKV_N_STAGE; i++) {
@@ -191,6 +194,7 @@ static ifkv_status reduce_result(ifkv_session *session, ifkv_result *result) {
     result->store_hits = sum[1];
     result->store_misses = sum[2];
     result->store_tokens_hit = sum[3];
+    result->store_tokens_device = sum[4];
     result->ttft_ms = (double)value[2 * IFKV_N_STAGE] / 1e6;
     result->memory_weights = engine->weight_bytes;
     result->memory_planned = (size_t)value[2 * IFKV_N_STAGE + 1];
@@ -222,6 +226,7 @@ ifkv_status ifkv_session_result(ifkv_session *session, ifkv_result *caller_resul
         .n_answer = session->n_answer,
         .score_layers = session->score_layers,
         .has_store = session->reuse.has_store,
+        .has_pool = session->reuse.has_pool,
         .geometry = *session->score_layers ? ifkv_geometry_name(session->geometry) : "",
         .hp = *session->score_layers ? ifkv_geometry_hp_name(session->geometry) : "",
         .scoring = session->scoring,

@@ -72,6 +72,14 @@ ifkv_status ifkv_session_placement(const char *name, ifkv_placement_kind *kind_p
                      ifkv_quote(name, strlen(name), shown));
 }
 
+ifkv_status ifkv_session_pool(const char *name, bool *is_on_p) {
+    char shown[IFKV_QUOTE_BYTES];
+    *is_on_p = !name || !strcmp(name, "on");
+    IFKV_REQUIRE(*is_on_p || !strcmp(name, "off"), IFKV_ERR_USAGE, IFKV_E_VALUE,
+                 "pool: got \"%s\", expected on or off", ifkv_quote(name, strlen(name), shown));
+    return IFKV_OK;
+}
+
 bool ifkv_method_is_exact(const char *method) {
     const ifkv_exchange_ops *ops = ifkv_exchange_find(method);
     return ops && ops->n_slice > 0;
@@ -100,7 +108,7 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     ifkv_geometry geometry;
     ifkv_placement_kind kind;
     ifkv_select_input *layers;
-    bool is_local, is_reordered;
+    bool is_local, is_reordered, is_pool_on;
     IFKV_REQUIRE(!method || !strcmp(method, "full") || !strcmp(method, "auto") ||
                      ifkv_method_is_exact(method) || ifkv_select_find(method),
                  IFKV_ERR_USAGE, IFKV_E_VALUE, "method: got \"%s\", expected " IFKV_METHOD_NAMES,
@@ -124,6 +132,7 @@ ifkv_status ifkv_prefill_options_check(const ifkv_prefill_options *caller_option
     IFKV_TRY(ifkv_scoring_parse(&options, &is_local));
     IFKV_TRY(ifkv_reorder_check(&options, &is_reordered));
     IFKV_TRY(ifkv_session_placement(options.placement, &kind));
+    IFKV_TRY(ifkv_session_pool(options.pool, &is_pool_on));
     IFKV_REQUIRE(options.chunk >= 0 && options.chunk <= max_tokens, IFKV_ERR_USAGE, IFKV_E_VALUE,
                  "chunk: got %lld, expected a number of tokens", (long long)options.chunk);
     IFKV_REQUIRE(options.max_new >= 0 && options.max_new <= max_tokens, IFKV_ERR_USAGE,

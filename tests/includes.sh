@@ -24,7 +24,7 @@ foreign 'cblas\.h' 'src/cpu_matmul\.[ch]'
 foreign 'omp\.h' 'src/cpu_[a-z_]*\.[ch]'
 foreign 'jansson\.h' 'src/(json\.[ch]|config[a-z_]*\.[ch]|safetensors[a-z_]*\.[ch]|model_check\.[ch]|request[a-z0-9_]*\.[ch]|manifest\.[ch]|output[a-z_]*\.[ch]|cli[a-z_]*\.[ch])|bench/(quality|bench)[a-z_]*\.[ch]|tests/[a-z0-9_]*\.c'
 foreign 'pthread\.h' 'comm/comm_thread\.c|comm/comm_nccl\.c'
-foreign 'threads\.h' 'src/store\.c|comm/timeline\.c|tests/test_reuse\.c'
+foreign 'threads\.h' 'src/store\.c|comm/timeline\.c|tests/memory_store\.[ch]'
 foreign 'cmocka\.h' 'tests/test\.h'
 foreign 'xxhash\.h' 'src/digest\.c|tests/[a-z_]*\.c'
 
@@ -34,7 +34,7 @@ level() {
     ifkv.h | status.h | error_codes.h | log.h | random.h) echo 0 ;;
     tensor.h | placement.h | cost.h | geometry.h | config.h | config_*.h | rope.h | file.h | json.h | digest.h | convert.h | guard.h) echo 1 ;;
     backend.h | arena.h | comm.h | timeline.h | cpu_*.h | mpi_check.h | nccl_check.h) echo 2 ;;
-    h5.h | h5_file.h | safetensors*.h | model.h | model_check.h | store*.h | weights.h | weights_random.h | request.h | kvcache.h | publish.h | manifest.h) echo 3 ;;
+    h5.h | h5_file.h | safetensors*.h | model.h | model_check.h | store*.h | weights.h | weights_random.h | request.h | kvcache.h | pool.h | publish.h | manifest.h) echo 3 ;;
     exchange.h | exchange_owned.h | exchange_kv_route.h) echo 4 ;;
     layer.h) echo 5 ;;
     select.h | refit.h | engine.h) echo 6 ;;
@@ -49,6 +49,7 @@ own_header() {
     session_api.c) echo prefill.h ;;
     session_check.c) echo session.h ;;
     measure.c) echo engine.h ;;
+    reuse_*.c) echo reuse.h ;;
     comm_*.c) echo comm.h ;;
     request_*.c) echo request.h ;;
     safetensors_*.c) echo safetensors.h ;;

@@ -93,14 +93,14 @@ class Bench(ModelFolder):
         return 2 * products, 4 * q * pairs
 
     def test_work_and_floor_are_those_of_the_definition(self):
-        methods = ["full", "ring", "infoflow/delta", "infoflow/delta/warm"]
+        methods = ["full", "ring", "infoflow/delta", "infoflow/delta/warm", "infoflow/delta/warm-device"]
         matmul, attention = 3e-3, 5e-3
         common = ["--lengths", "471", "--methods", ",".join(methods), "--repeat", "1", "--score-layers", "1", "--device",
                   self.device(matmul, attention)]
         for n_rank, *more in ((1,), (3,), (3, "--project")):
             ranks = ["--ranks", str(n_rank), *more]
             exact, cold, warm = self.flop(471, n_rank), self.flop(471, n_rank, 0.15), self.flop(471, n_rank, 0.15, True)
-            works = dict(zip(methods, (exact, exact, cold, warm)))
+            works = dict(zip(methods, (exact, exact, cold, warm, warm)))
             rows = self.rows(*common, *ranks)
             for row in rows:
                 with self.subTest(ranks=ranks, label=row["label"]):
@@ -131,6 +131,33 @@ class Bench(ModelFolder):
         cold, warm = self.rows("--lengths", "300", "--methods", "full,infoflow,infoflow/warm", "--repeat", "1", "--warm-up", "0")[1:]
         self.assertAlmostEqual(cold["error"], warm["error"], delta=2e-5)
         self.assertLess(warm["ms"]["encode"], cold["ms"]["encode"])
+
+    def test_both_tiers_are_warm_and_of_the_same_bits(self):
+        methods = "full,infoflow,infoflow/warm,infoflow/warm-device,epic/query/warm-device"
+        # longest first and last: what a length leaves in the pool makes room for the next one
+        for more in ([], ["--ranks", "3"], ["--ranks", "3", "--project"], ["--warm-up", "0"]):
+            rows = self.rows("--methods", methods, "--lengths", "471,300,471", "--repeat", "1", *more)
+            for i in range(0, len(rows), 5):
+                full, cold, host, device, epic = rows[i:i + 5]
+                with self.subTest(more=more, tokens=full["tokens"]):
+                    self.assertEqual([row["tier"] for row in rows[i:i + 5]], [None, None, "host", "device", "device"])
+                    self.assertEqual([row["warm"] for row in rows[i:i + 5]], [False, False, True, True, True])
+                    self.assertEqual(host["error"], device["error"])
+                    self.assertAlmostEqual(cold["error"], device["error"], delta=2e-5)
+                    self.assertEqual(epic["exchange"], "query")
+        self.assertEqual(len(rows), 15)
+
+    def test_the_device_tier_is_sized_for_requests_too(self):
+        items = [{"id": str(n), "prefix": [1], "chunks": [list(range(3, 3 + n)), list(range(5, 45))], "prompt": [7]} for n in (60, 20, 90)]
+        command = [BIN, "bench", "prefill", "--model", self.dir, "--random-weights", "1", "--json", "--repeat", "1",
+                   "--methods", "full,none/warm-device", "--requests", "-"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True,
+                              input="".join(json.dumps(item) + "\n" for item in items))
+        self.assertEqual([json.loads(line)["tier"] for line in done.stdout.splitlines()], [None, "device"] * 3)
+
+    def test_on_the_cpu_the_device_tier_is_the_hosts_and_no_default(self):
+        self.assertEqual([row["label"] for row in self.rows("--lengths", "200", "--repeat", "1")],
+                         ["full", "infoflow", "infoflow/warm"])
 
     def test_projection_says_so_and_slower_links_take_longer(self):
         links = os.path.join(self.dir, "links.json")
@@ -188,7 +215,8 @@ class Bench(ModelFolder):
 
     def test_nonsense_is_refused_once(self):
         for args in (["--methods", "ring"], ["--methods", "full,,ring"], ["--lengths", "12x"], ["--lengths", "20"], ["--repeat", "0"],
-                     ["--project"], ["--methods", "full,ring/kv/"]):
+                     ["--project"], ["--methods", "full,ring/kv/"], ["--methods", "full,infoflow/warm-device/warm"],
+                     ["--methods", "full,infoflow/warm-devic"]):
             with self.subTest(args=args):
                 errors = [line for line in self.bench(*args, mpi=2, code=2).stderr.splitlines() if "ifkv: error:" in line]
                 self.assertEqual(len(errors), 1, errors)
@@ -310,6 +338,10 @@ class Operations(ModelFolder):
             self.assertEqual(f.attrs["time"].decode(), "emulated")
             self.assertTrue((f["ttft_ms"][:] != f["ttft_ms"][:]).all(), "NaN")
         self.assertIn("emulated", self.bench("prefill", *args, "--ranks", "2", "--project", code=2, **more).stderr)
+        host, device = [json.loads(line) for line in self.bench("prefill", *args, "--json", **more).stdout.splitlines()][-2:]
+        self.assertEqual([(row["label"], row["tier"]) for row in (host, device)],
+                         [("infoflow/warm", "host"), ("infoflow/warm-device", "device")])
+        self.assertEqual(host["error"], device["error"])
         python = os.path.join(ROOT, ".cache/venv/bin/python")
         done = subprocess.run([python, os.path.join(ROOT, "bench/plot.py"), out], capture_output=True, text=True, timeout=120)
         self.assertIn("emulated", done.stderr)

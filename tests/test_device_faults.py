@@ -66,7 +66,7 @@ class Faults(test_cli.Tool):
     def test_every_allocation_may_fail(self):
         for n in range(1, 40):
             with self.subTest(n=n):
-                done = self.run_case(f"cudaMalloc:{n}", "--overwrite", mpi=0)
+                done = self.run_case(f"cudaMalloc:{n}", "--store-device", "1M", "--overwrite", mpi=0)
                 if done.returncode == 0:
                     break
                 self.assert_answer(done, 69, "memory")

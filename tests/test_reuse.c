@@ -3,119 +3,32 @@
 #include "tiny.h"
 
 #include "engine.h"
+#include "memory_store.h"
 #include "model_files.h"
 #include "status.h"
 
-#include <threads.h>
-
 static const int sizes[] = {1, 2, 3, 5};
-enum { N_SIZE = sizeof sizes / sizeof *sizes, MAX_ENTRY = 64 };
-
-typedef struct memory_entry {
-    char key[33];
-    int64_t n_token;
-    char *data; /* [n_layer, 2, layer_bytes] */
-} memory_entry;
-
-typedef struct memory_store {
-    mtx_t lock;
-    memory_entry entry[MAX_ENTRY];
-    int n_entry, n_load, n_save;
-    int n_layer_given; /* stop behind so many layers and call it damaged; 0: never */
-    bool is_forgetful; /* of every other entry */
-} memory_store;
-
-static size_t bytes_of(const ifkv_store_entry *entry) {
-    return (size_t)(entry->n_row * entry->n_kv_head * entry->d_head) * entry->element_bytes;
-}
-
-static int find(const memory_store *memory, const char *key) {
-    int i = 0;
-    while (i < memory->n_entry && strcmp(memory->entry[i].key, key)) i++;
-    return i;
-}
-
-static bool memory_load(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn take,
-                        void *take_arg) {
-    memory_store *memory = arg;
-    const size_t bytes = bytes_of(entry);
-    mtx_lock(&memory->lock);
-    const int i = find(memory, entry->key);
-    bool is_there = i < memory->n_entry && !(memory->is_forgetful && i % 2);
-    const int n = memory->n_layer_given ? memory->n_layer_given : entry->n_layer;
-    char *data = is_there ? malloc(2 * bytes) : NULL;
-    for (int layer = 0; layer < n && is_there; layer++) {
-        memcpy(data, memory->entry[i].data + 2 * (size_t)layer * bytes, 2 * bytes);
-        if (memory->n_layer_given) memset(data, 0x7f, 2 * bytes);
-        is_there = take(take_arg, layer, data, data + bytes);
-    }
-    free(data);
-    is_there = is_there && !memory->n_layer_given;
-    memory->n_load += is_there;
-    mtx_unlock(&memory->lock);
-    return is_there;
-}
-
-static void memory_save(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn give,
-                        void *give_arg) {
-    memory_store *memory = arg;
-    const size_t bytes = bytes_of(entry);
-    mtx_lock(&memory->lock);
-    const int i = find(memory, entry->key);
-    if (i == memory->n_entry && i < MAX_ENTRY) memory->n_entry++;
-    if (i < MAX_ENTRY) {
-        memory_entry *to = &memory->entry[i];
-        memcpy(to->key, entry->key, sizeof to->key);
-        to->n_token = entry->n_token;
-        if (!to->data) to->data = malloc(2 * bytes * (size_t)entry->n_layer);
-        for (int layer = 0; layer < entry->n_layer; layer++) {
-            char *at = to->data + 2 * (size_t)layer * bytes;
-            give(give_arg, layer, at, at + bytes);
-        }
-        memory->n_save++;
-    }
-    mtx_unlock(&memory->lock);
-}
-
-static bool memory_has(void *arg, const ifkv_store_entry *entry) {
-    memory_store *of = arg;
-    mtx_lock(&of->lock);
-    const bool is_there = find(of, entry->key) < of->n_entry;
-    mtx_unlock(&of->lock);
-    return is_there;
-}
+enum { N_SIZE = sizeof sizes / sizeof *sizes };
 
 static memory_store memory;
-static ifkv_store store;
+static const ifkv_store *const store = &memory.table;
 static uint64_t seed;
 static char *dir, *model;
 static tiny_request request;
 static const tiny_shape *shape = &tiny_shapes[3]; /* per-head norm, three query heads a K/V head */
 enum { N_PREFIX = 2, N_CHUNK = 5 };
 
-static void empty(void) {
-    for (int i = 0; i < memory.n_entry; i++) free(memory.entry[i].data);
-    mtx_t lock = memory.lock;
-    memory = (memory_store){.lock = lock};
-}
-
 static int set_up(void **state) {
-    if (dir_setup(state) || mtx_init(&memory.lock, mtx_plain) != thrd_success) return -1;
+    if (dir_setup(state) || !memory_store_init(&memory)) return -1;
     dir = *state;
     model = tiny_model(dir, shape, -1);
     request = tiny_request_make(&seed, shape->n_vocab, N_PREFIX, N_CHUNK,
                                 (int64_t[]){17, 1, 40, 5, 33}, 4, 3);
-    store = (ifkv_store){.size = sizeof store,
-                         .arg = &memory,
-                         .load = memory_load,
-                         .save = memory_save,
-                         .has = memory_has};
     return 0;
 }
 
 static int tear_down(void **state) {
-    empty();
-    mtx_destroy(&memory.lock);
+    memory_store_fini(&memory);
     tiny_request_fini(&request);
     free(model);
     return dir_teardown(state);
@@ -130,38 +43,23 @@ static tiny_run prefill(int size, const ifkv_store *with, const char *method, ui
     return run;
 }
 
-/* Logits of the prompt depend on the dealing of its rows, hence on the number of ranks, in their
- * last bits (I12): they are compared where that number is the same. */
-static void assert_same(const tiny_run *got, const tiny_run *want, bool has_same_size) {
-    if (has_same_size) {
-        assert_true(tiny_same_rows(got, want));
-        assert_memory_equal(got->logits, want->logits,
-                            (size_t)want->n_vocab * sizeof *want->logits);
-    }
-    assert_within(tiny_rows_error(got, want, 0, want->n_context), TINY_TOLERANCE);
-    assert_true(got->selected_digest == want->selected_digest);
-    assert_memory_equal(got->scores, want->scores, (size_t)want->n_context * sizeof *want->scores);
-    assert_int_equal(got->n_answer, want->n_answer);
-    assert_memory_equal(got->answer, want->answer, (size_t)want->n_answer * sizeof *want->answer);
-}
-
 static void i26_cold_warm_and_mixed_are_the_same_bits(void **state) {
     (void)state;
     tiny_run first = {0};
     for (int s = 0; s < N_SIZE; s++) {
-        empty();
-        tiny_run cold = prefill(sizes[s], &store, "infoflow", 7);
+        memory_store_empty(&memory);
+        tiny_run cold = prefill(sizes[s], store, "infoflow", 7);
         assert_int_equal(memory.n_entry, N_CHUNK + 1);
-        tiny_run warm = prefill(sizes[s], &store, "infoflow", 7);
+        tiny_run warm = prefill(sizes[s], store, "infoflow", 7);
         assert_int_equal(memory.n_load, N_CHUNK + 1);
         memory.is_forgetful = true;
-        tiny_run mixed = prefill(sizes[s], &store, "infoflow", 7);
+        tiny_run mixed = prefill(sizes[s], store, "infoflow", 7);
         memory.is_forgetful = false;
         assert_int_equal(memory.n_load, N_CHUNK + 1 + (N_CHUNK + 1) / 2);
-        assert_same(&warm, &cold, true);
-        assert_same(&mixed, &cold, true);
+        tiny_assert_same(&warm, &cold, true);
+        tiny_assert_same(&mixed, &cold, true);
         if (s == 0) first = cold;
-        if (s > 0) assert_same(&cold, &first, false);
+        if (s > 0) tiny_assert_same(&cold, &first, false);
         tiny_run_fini(&warm);
         tiny_run_fini(&mixed);
         if (s > 0) tiny_run_fini(&cold);
@@ -171,10 +69,10 @@ static void i26_cold_warm_and_mixed_are_the_same_bits(void **state) {
 
 static void i26_an_entry_of_other_ranks_is_the_same_bits(void **state) {
     (void)state;
-    empty();
-    tiny_run cold = prefill(3, &store, "none", 7);
+    memory_store_empty(&memory);
+    tiny_run cold = prefill(3, store, "none", 7);
     for (int s = 0; s < N_SIZE; s++) {
-        tiny_run warm = prefill(sizes[s], &store, "none", 7);
+        tiny_run warm = prefill(sizes[s], store, "none", 7);
         assert_true(tiny_same_rows(&warm, &cold));
         tiny_run_fini(&warm);
     }
@@ -185,10 +83,10 @@ static void i26_an_entry_of_other_ranks_is_the_same_bits(void **state) {
 static void i06_with_a_store_agrees_with_without(void **state) {
     (void)state;
     for (int s = 0; s < N_SIZE; s++) {
-        empty();
+        memory_store_empty(&memory);
         tiny_run without = prefill(sizes[s], NULL, "none", 7);
         for (int warm = 0; warm < 2; warm++) {
-            tiny_run with = prefill(sizes[s], &store, "none", 7);
+            tiny_run with = prefill(sizes[s], store, "none", 7);
             assert_within(tiny_rows_error(&with, &without, 0, with.n_context), TINY_TOLERANCE);
             assert_within(tiny_error(with.logits, without.logits, with.n_vocab), TINY_TOLERANCE);
             tiny_run_fini(&with);
@@ -199,12 +97,12 @@ static void i06_with_a_store_agrees_with_without(void **state) {
 
 static void i26_what_a_damaged_entry_gave_is_written_over(void **state) {
     (void)state;
-    empty();
-    tiny_run cold = prefill(2, &store, "infoflow", 7);
+    memory_store_empty(&memory);
+    tiny_run cold = prefill(2, store, "infoflow", 7);
     for (int n = 1; n <= shape->n_layer; n++) {
         memory.n_layer_given = n;
-        tiny_run run = prefill(2, &store, "infoflow", 7);
-        assert_same(&run, &cold, true);
+        tiny_run run = prefill(2, store, "infoflow", 7);
+        tiny_assert_same(&run, &cold, true);
         tiny_run_fini(&run);
     }
     memory.n_layer_given = 0;
@@ -214,8 +112,8 @@ static void i26_what_a_damaged_entry_gave_is_written_over(void **state) {
 
 static void i26_a_document_is_found_at_any_position(void **state) {
     (void)state;
-    empty();
-    tiny_run cold = prefill(1, &store, "none", 7);
+    memory_store_empty(&memory);
+    tiny_run cold = prefill(1, store, "none", 7);
     /* the same documents, last first: only the order differs */
     tiny_request turned = {0};
     turned.offset = malloc((N_CHUNK + 1) * sizeof *turned.offset);
@@ -234,14 +132,14 @@ static void i26_a_document_is_found_at_any_position(void **state) {
     turned.request.chunk_offsets = turned.offset;
     tiny_run run[2];
     for (int warm = 0; warm < 2; warm++) {
-        if (warm == 0) empty();
+        if (warm == 0) memory_store_empty(&memory);
         run[warm] = (tiny_run){.model = model,
                                .weight_seed = 7,
                                .request = &turned.request,
-                               .options = {.method = "none", .store = &store}};
+                               .options = {.method = "none", .store = store}};
         if (warm == 1) {
-            empty();
-            tiny_run other = prefill(1, &store, "none", 7);
+            memory_store_empty(&memory);
+            tiny_run other = prefill(1, store, "none", 7);
             tiny_run_fini(&other);
         }
         assert_ok(tiny_run_on(2, &run[warm]));
@@ -256,11 +154,11 @@ static void i26_a_document_is_found_at_any_position(void **state) {
 
 static void i26_other_weights_and_prefixes_are_never_served(void **state) {
     (void)state;
-    empty();
-    tiny_run one = prefill(2, &store, "none", 7), two = prefill(2, &store, "none", 8);
+    memory_store_empty(&memory);
+    tiny_run one = prefill(2, store, "none", 7), two = prefill(2, store, "none", 8);
     const int32_t id = request.token[N_PREFIX - 1];
     request.token[N_PREFIX - 1] = (id + 1) % shape->n_vocab;
-    tiny_run other_prefix = prefill(2, &store, "none", 7);
+    tiny_run other_prefix = prefill(2, store, "none", 7);
     request.token[N_PREFIX - 1] = id;
     assert_int_equal(memory.n_load, 0);
     assert_int_equal(memory.n_entry, 3 * (N_CHUNK + 1));
@@ -272,9 +170,9 @@ static void i26_other_weights_and_prefixes_are_never_served(void **state) {
 static void rows_of_an_exact_prefill_are_never_kept(void **state) {
     (void)state;
     static const char *const exact[] = {"full", "ring", "allgather"};
-    empty();
+    memory_store_empty(&memory);
     for (size_t i = 0; i < sizeof exact / sizeof *exact; i++) {
-        tiny_run run = prefill(2, &store, exact[i], 7);
+        tiny_run run = prefill(2, store, exact[i], 7);
         assert_int_equal(memory.n_entry, 0);
         tiny_run_fini(&run);
     }
@@ -295,11 +193,11 @@ static ifkv_status count_entries(ifkv_session *session) {
 
 static void counts_are_summed_over_ranks(void **state) {
     (void)state;
-    empty();
+    memory_store_empty(&memory);
     for (int warm = 0; warm < 2; warm++) {
         tiny_run run = {.model = model,
                         .request = &request.request,
-                        .options = {.method = "none", .store = &store},
+                        .options = {.method = "none", .store = store},
                         .after = count_entries};
         assert_ok(tiny_run_on(3, &run));
         tiny_run_fini(&run);
@@ -310,7 +208,7 @@ static void counts_are_summed_over_ranks(void **state) {
 static void i20_reorder_with_a_store_is_the_same_bits(void **state) {
     (void)state;
     for (int s = 0; s < N_SIZE; s++) {
-        empty();
+        memory_store_empty(&memory);
         tiny_run run[3];
         for (int i = 0; i < 3; i++) { /* without, cold, warm */
             run[i] = (tiny_run){
@@ -318,9 +216,9 @@ static void i20_reorder_with_a_store_is_the_same_bits(void **state) {
                 .weight_seed = 7,
                 .request = &request.request,
                 .options = {
-                    .reorder = "on", .ratio = "0.3", .max_new = 4, .store = i ? &store : NULL}};
+                    .reorder = "on", .ratio = "0.3", .max_new = 4, .store = i ? store : NULL}};
             assert_ok(tiny_run_on(sizes[s], &run[i]));
-            if (i) assert_same(&run[i], &run[0], true);
+            if (i) tiny_assert_same(&run[i], &run[0], true);
         }
         assert_int_equal(memory.n_save, N_CHUNK + 1);
         assert_int_equal(memory.n_load, N_CHUNK + 1);
@@ -339,17 +237,17 @@ static ifkv_status slow_products(ifkv_engine *engine) {
 static void auto_counts_what_the_store_holds(void **state) {
     (void)state;
     for (int s = 0; s < N_SIZE; s++) {
-        empty();
+        memory_store_empty(&memory);
         for (int warm = 0; warm < 2; warm++) {
             tiny_run run = {.model = model,
                             .weight_seed = 7,
                             .request = &request.request,
-                            .options = {.method = "auto", .ratio = "0.1", .store = &store},
+                            .options = {.method = "auto", .ratio = "0.1", .store = store},
                             .before = slow_products};
             assert_ok(tiny_run_on(sizes[s], &run));
             assert_int_equal(run.n_selected > 0, warm); /* an exact method selects nothing */
             tiny_run_fini(&run);
-            tiny_run fill = prefill(sizes[s], &store, "none", 7);
+            tiny_run fill = prefill(sizes[s], store, "none", 7);
             tiny_run_fini(&fill);
         }
     }

@@ -226,7 +226,7 @@ class Slurm(unittest.TestCase):
                             "--out", self.path("table"), "--threads", "1", before=shape)
         self.finished(table)
         with open(self.path("table/bench.jsonl")) as f:
-            self.assertEqual(len(f.readlines()), 6)
+            self.assertEqual(len(f.readlines()), 7)
         array = self.submit("lengths.sbatch", "configs/runs/paper-smoke.json", "--model", self.path("model"), "--out",
                             self.path("lengths"), "--threads", "1", before=[*shape, "--array=0"])
         self.cluster.wait_until(lambda: os.path.exists(self.path(f"{array}.out")) and "8192" in self.printed(array), 60, "array job")

@@ -94,17 +94,20 @@ int64_t tiny_request_end(const tiny_request *request, int64_t chunk) {
 }
 
 /* Bytes of all ones: NaN as a number, -1 as an index.  What is read before it is written shows. */
+static ifkv_status poison(ifkv_engine *engine, void *to, size_t bytes) {
+    unsigned char *ones = malloc(bytes + 1);
+    if (!ones) abort(); /* a test without memory has no verdict */
+    memset(ones, 0xff, bytes);
+    const ifkv_status status = engine->backend->ops->upload(engine->backend, to, ones, bytes);
+    free(ones);
+    return status;
+}
+
 static ifkv_status poison_arena(ifkv_engine *engine, const tiny_run *run) {
     size_t bytes = 0;
     IFKV_TRY(ifkv_engine_plan(engine, run->request, &run->options, &bytes));
     IFKV_TRY(ifkv_engine_reserve(engine, bytes));
-    unsigned char *poison = malloc(engine->arena_bytes + 1);
-    if (!poison) abort(); /* a test without memory has no verdict */
-    memset(poison, 0xff, engine->arena_bytes);
-    const ifkv_status status =
-        engine->backend->ops->upload(engine->backend, engine->arena, poison, engine->arena_bytes);
-    free(poison);
-    return status;
+    return poison(engine, engine->arena, engine->arena_bytes);
 }
 
 static void *copy_of(const void *from, int64_t n, size_t item) {
@@ -142,6 +145,10 @@ static ifkv_status collect(ifkv_session *session, const ifkv_engine *engine, tin
         run->n_vocab = result.n_vocab;
         run->n_selected = result.n_selected;
         run->n_answer = result.n_answer;
+        run->n_hit = result.store_hits;
+        run->n_miss = result.store_misses;
+        run->n_row_hit = result.store_tokens_hit;
+        run->n_row_pooled = result.store_tokens_device;
         run->selected_digest = result.selected_digest;
         run->k = nan_rows(n_layer * result.n_context * n_col);
         run->v = nan_rows(n_layer * result.n_context * n_col);
@@ -171,8 +178,24 @@ err_close:
     return status;
 }
 
+typedef struct run_list {
+    tiny_run *run;
+    int n;
+} run_list;
+
+static ifkv_status run_each(ifkv_engine *engine, const run_list *list) {
+    for (int i = 0; i < list->n; i++) {
+        tiny_run *run = &list->run[i];
+        if (run->before) IFKV_TRY(run->before(engine));
+        IFKV_TRY(agree_ok(engine->comm, poison_arena(engine, run)));
+        IFKV_TRY(run_session(engine, run));
+    }
+    return IFKV_OK;
+}
+
 static ifkv_status run_rank(ifkv_comm *comm, void *arg) {
-    tiny_run *run = arg;
+    const run_list *list = arg;
+    const tiny_run *run = &list->run[0];
     const ifkv_engine_options options = {
         .size = sizeof options,
         .model_dir = run->model,
@@ -180,27 +203,34 @@ static ifkv_status run_rank(ifkv_comm *comm, void *arg) {
         .n_thread = run->n_thread ? run->n_thread : 1,
         .random_weights = true,
         .seed = run->weight_seed,
+        .pool_bytes = run->pool_bytes,
     };
     ifkv_engine *engine = NULL;
     IFKV_TRY(ifkv_engine_open(comm, &options, &engine));
     ifkv_status status = IFKV_OK;
-    if (run->before) IFKV_TRY_GOTO(status, run->before(engine), err_close);
-    IFKV_TRY_GOTO(status, agree_ok(comm, poison_arena(engine, run)), err_close);
-    status = run_session(engine, run);
-err_close:
+    if (engine->pool.base) status = poison(engine, engine->pool.base, engine->pool.bytes);
+    status = agree_ok(comm, status);
+    if (status == IFKV_OK) status = run_each(engine, list);
     ifkv_engine_close(engine);
     return status;
 }
 
-ifkv_status tiny_run_on(int size, tiny_run *run) {
-    run->options.size = sizeof run->options;
-    run->options.keep_scores = true;
-    if (size > 0) return ifkv_comm_thread_run(size, run_rank, run);
+ifkv_status tiny_runs_on(int size, tiny_run *run, int n) {
+    run_list list = {run, n};
+    for (int i = 0; i < n; i++) {
+        run[i].options.size = sizeof run[i].options;
+        run[i].options.keep_scores = true;
+    }
+    if (size > 0) return ifkv_comm_thread_run(size, run_rank, &list);
     ifkv_comm *self = NULL;
     IFKV_TRY(ifkv_comm_open("self", &self));
-    const ifkv_status status = run_rank(self, run);
+    const ifkv_status status = run_rank(self, &list);
     ifkv_comm_close(self);
     return status;
+}
+
+ifkv_status tiny_run_on(int size, tiny_run *run) {
+    return tiny_runs_on(size, run, 1);
 }
 
 void tiny_run_fini(tiny_run *run) {
@@ -247,4 +277,17 @@ bool tiny_same_rows(const tiny_run *got, const tiny_run *want) {
     const size_t bytes = (size_t)(want->n_layer * want->n_context * want->n_col) * sizeof(float);
     return got->n_context == want->n_context && !memcmp(got->k, want->k, bytes) &&
            !memcmp(got->v, want->v, bytes);
+}
+
+void tiny_assert_same(const tiny_run *got, const tiny_run *want, bool has_same_size) {
+    if (has_same_size) {
+        assert_true(tiny_same_rows(got, want));
+        assert_memory_equal(got->logits, want->logits,
+                            (size_t)want->n_vocab * sizeof *want->logits);
+    }
+    assert_within(tiny_rows_error(got, want, 0, want->n_context), TINY_TOLERANCE);
+    assert_true(got->selected_digest == want->selected_digest);
+    assert_memory_equal(got->scores, want->scores, (size_t)want->n_context * sizeof *want->scores);
+    assert_int_equal(got->n_answer, want->n_answer);
+    assert_memory_equal(got->answer, want->answer, (size_t)want->n_answer * sizeof *want->answer);
 }

@@ -1,7 +1,7 @@
 /* Tiny models, awkward requests and whole prefills of them, for tests of the pipeline.
  *
  * Owns directories with nothing but a config.json (weights are drawn), seeded token ids, and a
- * runner that opens an engine on every rank of a "thread" communicator, fills its arena with NaN,
+ * runner that opens an engine on every rank of a "thread" communicator, fills its memory with NaN,
  * prefills, and collects what must not depend on the number of ranks.  Rank threads return a
  * status; the main thread asserts. */
 #ifndef IFKV_TESTS_TINY_H
@@ -54,7 +54,8 @@ typedef struct tiny_run {
     const char *model;   /* directory */
     const char *backend; /* NULL: "cpu" */
     uint64_t weight_seed;
-    int n_thread; /* 0: one */
+    int n_thread;        /* 0: one */
+    uint64_t pool_bytes; /* of every rank */
     const ifkv_request *request;
     ifkv_prefill_options options; /* size may be left 0; scores are always kept */
     tiny_engine_fn before;        /* on every rank, between the engine and the session; or NULL */
@@ -64,16 +65,20 @@ typedef struct tiny_run {
     int n_layer;
     int64_t n_context, n_col, n_vocab, n_selected, n_answer;
     uint64_t selected_digest;
-    float *k, *v;      /* [n_layer, n_context, n_col] */
-    float *logits;     /* [n_vocab] of the first token */
-    float *scores;     /* [n_context] or NULL */
-    int64_t *selected; /* [n_selected] */
-    int32_t *answer;   /* [n_answer] */
+    float *k, *v;                                   /* [n_layer, n_context, n_col] */
+    float *logits;                                  /* [n_vocab] of the first token */
+    float *scores;                                  /* [n_context] or NULL */
+    int64_t *selected;                              /* [n_selected] */
+    int32_t *answer;                                /* [n_answer] */
+    int64_t n_hit, n_miss, n_row_hit, n_row_pooled; /* of store and pool */
 } tiny_run;
 
 /* Prefill and decode on `size` ranks ("self" if 0).  Scores and selection must be the same bits on
  * every rank, or the run fails.  Release with tiny_run_fini. */
 ifkv_status tiny_run_on(int size, tiny_run *run);
+/* The same n times, one session after the other on one engine, which the first run describes.  What
+ * was made before an error stays. */
+ifkv_status tiny_runs_on(int size, tiny_run *run, int n);
 void tiny_run_fini(tiny_run *run);
 
 /* |got - want| / |want| in L2; NaN in either gives NaN. */
@@ -82,6 +87,10 @@ double tiny_error(const float *got, const float *want, int64_t n);
 double tiny_rows_error(const tiny_run *got, const tiny_run *want, int64_t first, int64_t end);
 /* True if K, V of all layers are the same bits. */
 bool tiny_same_rows(const tiny_run *got, const tiny_run *want);
+/* The same selection, scores and answer, and rows within the tolerance; the same bits of rows and
+ * logits where both ran on as many ranks.  Logits of the prompt depend on the dealing of its rows,
+ * hence on the number of ranks, in their last bits (I12). */
+void tiny_assert_same(const tiny_run *got, const tiny_run *want, bool has_same_size);
 
 /* value <= limit, where NaN is not */
 #define assert_within(value, limit)                                                                \
