@@ -845,6 +845,36 @@ static void refit_follows_an_affine_map(void **state) {
     }
 }
 
+/* Rows that are all one have no variance: every other row moves as they did, to the bit, in numbers
+ * that a third or a seventh of is none. */
+static void refit_of_equal_rows_moves_all_alike(void **state) {
+    static const int64_t n_fit[] = {1, 2, 3, 7, 37};
+    for (int way = 0; way < 10; way++) {
+        const refit_shape shape = {2, way & 1 ? 64 : 80, 70, 9, n_fit[way / 2], way & 1};
+        refit_case it = refit_make(*state, shape, true);
+        double stale[2 * 80] = {0}, change[2 * 80] = {0}, row[2 * 80];
+        for (int64_t c = 0; c < it.n_col; c++) {
+            stale[c] = (double)(gen_below(&noise, 9) - 4) / 4;
+            change[c] = (double)(gen_below(&noise, 9) - 4);
+        }
+        for (int64_t r = 0; r < shape.n_row; r++) {
+            memcpy(row, change, sizeof row);
+            turn(&it, r, 1, row);
+            for (int64_t c = 0; c < it.n_col; c++) it.want[r * it.n_col + c] += row[c];
+        }
+        for (int64_t i = 0; i < shape.n_fit; i++)
+            for (int is_fresh = 0; is_fresh < 2; is_fresh++) {
+                double *to = gen_at(is_fresh ? &it.fresh : &it.stale, i, 0);
+                for (int64_t c = 0; c < it.n_col; c++) to[c] = stale[c] + is_fresh * change[c];
+                turn(&it, it.row[i], 1, to);
+            }
+        refit_write(&it, 0.3);
+        refit_run(&it);
+        assert_refitted(&it, NULL);
+        refit_free(&it);
+    }
+}
+
 /* The definition in float64: what one head was fitted on, the map, and how far rounding may move
  * it. */
 typedef struct refit_fit {
@@ -1115,6 +1145,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(bits_ignore_thread_count),
         cmocka_unit_test(rows_ignore_their_company),
         cmocka_unit_test(refit_follows_an_affine_map),
+        cmocka_unit_test(refit_of_equal_rows_moves_all_alike),
         cmocka_unit_test(refit_matches_float64),
         cmocka_unit_test(refit_of_no_rows_moves_nothing),
         cmocka_unit_test(refit_repeats_its_bits),
