@@ -105,7 +105,7 @@ __device__ __forceinline__ uint4 pack_bf16x8(const float (&from)[8]) {
 
 /* Sum and maximum over a warp, the same bits in every lane: a butterfly adds the same pairs on both
  * sides.  All 32 lanes take part. */
-__device__ __forceinline__ float warp_sum(float value) {
+template <typename T> __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
     for (int offset = IFKV_WARP_LANES / 2; offset > 0; offset /= 2)
         value += __shfl_xor_sync(IFKV_ALL_LANES, value, offset);

@@ -103,6 +103,7 @@ static ifkv_status report_fault(cuda_backend *cuda) {
         [IFKV_CUDA_FAULT_GATHER] = "gather: a row outside the matrix it is read from",
         [IFKV_CUDA_FAULT_SCATTER] = "scatter: a row outside the matrix it is written to",
         [IFKV_CUDA_FAULT_ATTENTION] = "attention: a row whose span leaves the keys",
+        [IFKV_CUDA_FAULT_REFIT] = "refit: fitted rows that do not ascend inside the matrix",
     };
     if (fault == IFKV_CUDA_FAULT_NONE) return IFKV_OK;
     IFKV_TRY(
@@ -236,6 +237,10 @@ static ifkv_status cuda_top_k(ifkv_backend *backend, const float *value, int64_t
     return ifkv_cuda_top_k(context_of(backend), value, n, k, scratch, index);
 }
 
+static ifkv_status cuda_refit(ifkv_backend *backend, const ifkv_refit_args *args) {
+    return ifkv_cuda_refit(context_of(backend), args);
+}
+
 static ifkv_status cuda_draw(ifkv_backend *backend, const ifkv_draw *draw, int64_t n, void *to) {
     return ifkv_cuda_draw(context_of(backend), draw, n, to);
 }
@@ -285,6 +290,7 @@ static const ifkv_backend_ops cuda_ops = {
     .score = cuda_score,
     .row_distance = cuda_row_distance,
     .top_k = cuda_top_k,
+    .refit = cuda_refit,
     .draw = cuda_draw,
 };
 

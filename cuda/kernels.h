@@ -24,6 +24,7 @@ typedef enum ifkv_cuda_fault {
     IFKV_CUDA_FAULT_GATHER,    /* row[i] outside `from` */
     IFKV_CUDA_FAULT_SCATTER,   /* row[i] outside `to` */
     IFKV_CUDA_FAULT_ATTENTION, /* not 0 <= begin <= end <= n_key */
+    IFKV_CUDA_FAULT_REFIT,     /* row[i] outside x, or not above row[i - 1] */
 } ifkv_cuda_fault;
 
 /* Borrowed from the back end by every launch. */
@@ -59,6 +60,9 @@ ifkv_status ifkv_cuda_row_distance(const ifkv_cuda_context *context, const ifkv_
 ifkv_status ifkv_cuda_top_k(const ifkv_cuda_context *context, const float *value, int64_t n,
                             int64_t k, int64_t *scratch, int64_t *index);
 
+/* Moments and solution float64; d_head a multiple of 16 up to 128, all rows and the scratch begin
+ * on 16 bytes.  Nothing moves where the fault word stands, by whatever operation. */
+ifkv_status ifkv_cuda_refit(const ifkv_cuda_context *context, const ifkv_refit_args *args);
 ifkv_status ifkv_cuda_draw(const ifkv_cuda_context *context, const ifkv_draw *draw, int64_t n,
                            void *to);
 

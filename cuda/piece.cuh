@@ -29,6 +29,18 @@ __device__ __forceinline__ void store_piece(__nv_bfloat16 *to, const float (&fro
         *to = float_to_bf16(from[0]);
 }
 
+/* Eight float32, in two accesses, from an address on 16 bytes. */
+__device__ __forceinline__ void load_floats(const float *from, float (&to)[IFKV_WIDE]) {
+#pragma unroll
+    for (int i = 0; i < IFKV_WIDE; i += 4) {
+        const uint4 bits = load_16(from + i);
+        to[i] = __uint_as_float(bits.x);
+        to[i + 1] = __uint_as_float(bits.y);
+        to[i + 2] = __uint_as_float(bits.z);
+        to[i + 3] = __uint_as_float(bits.w);
+    }
+}
+
 /* True if every row of the view begins on 16 bytes. */
 inline bool is_aligned(const ifkv_view *view) {
     const size_t stride = static_cast<size_t>(view->stride) * ifkv_dtype_bytes(view->dtype);

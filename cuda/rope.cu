@@ -29,17 +29,6 @@ __device__ __forceinline__ float inverse_norm(float sum, const rope_args &args) 
     return 1.0f / sqrtf(sum / static_cast<float>(args.d_head) + args.eps);
 }
 
-__device__ __forceinline__ void load_angles(const float *from, float (&to)[IFKV_WIDE]) {
-#pragma unroll
-    for (int i = 0; i < IFKV_WIDE; i += 4) {
-        const uint4 bits = load_16(from + i);
-        to[i] = __uint_as_float(bits.x);
-        to[i + 1] = __uint_as_float(bits.y);
-        to[i + 2] = __uint_as_float(bits.z);
-        to[i + 3] = __uint_as_float(bits.w);
-    }
-}
-
 /* Eight pairs of one head: the columns from `col` on, and those d_head/2 above. */
 template <int D_HEAD>
 __device__ __forceinline__ void rotate_piece(const rope_args &args, __nv_bfloat16 *head,
@@ -67,8 +56,8 @@ __device__ __forceinline__ void rotate_piece(const rope_args &args, __nv_bfloat1
 #pragma unroll
         for (int i = 0; i < IFKV_WIDE; i++) high[i] *= inverse * weight_high[i];
     }
-    load_angles(angle + col, cosine);
-    load_angles(angle + HALF + col, sine);
+    load_floats(angle + col, cosine);
+    load_floats(angle + HALF + col, sine);
 #pragma unroll
     for (int i = 0; i < IFKV_WIDE; i++) {
         const float a = low[i], b = high[i];

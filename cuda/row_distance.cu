@@ -34,9 +34,7 @@ template <int WIDTH> __global__ void __launch_bounds__(THREADS) measure_rows(dis
             sum = fma(difference, difference, sum);
         }
     }
-#pragma unroll
-    for (int offset = IFKV_WARP_LANES / 2; offset > 0; offset /= 2)
-        sum += __shfl_xor_sync(IFKV_ALL_LANES, sum, offset);
+    sum = warp_sum(sum);
     if (lane_index() == 0) args.out[row] = static_cast<float>(sum);
 }
 

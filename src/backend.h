@@ -85,11 +85,15 @@ typedef struct ifkv_refit_args {
     ifkv_view cos_sin; /* [n_row, d_head] float32: rows are rotated by these angles and are mapped
                           as they were before; data NULL: they are not */
     ifkv_view x;       /* [n_row, n_head * d_head] */
-    double *scratch;   /* [n_head, ifkv_refit_scratch(d_head)] back-end memory */
+    double *scratch;   /* [n_head, ifkv_refit_scratch(d_head)] back-end memory, on 16 bytes */
 } ifkv_refit_args;
 
+/* What any back end wants for a head: sums [2, d, d] and [2, d] of each piece of the fitted rows
+ * that is added up by itself, a row, and the map. */
+enum { IFKV_REFIT_PIECE = 4 };
 static inline int64_t ifkv_refit_scratch(int d_head) {
-    return 2 * (int64_t)d_head * d_head + 2 * (int64_t)d_head;
+    const int64_t d = d_head;
+    return IFKV_REFIT_PIECE * 2 * d * (d + 1) + 2 * d + d * (d + 1) / 2;
 }
 
 /* A stream of numbers, element i a function of key and i alone: z = mix(key + (i + 1) *

@@ -54,7 +54,7 @@ static void add_rotated(const ifkv_refit_args *args, int64_t row, const float *c
     }
 }
 
-/* x and y of fitted row i, less the mean: [d] each. */
+/* x and y of fitted row i, less those of `mean`: [d] each. */
 static void fitted_row(const ifkv_refit_args *args, int head, int64_t i, const double *mean,
                        double *x, double *y) {
     const int64_t d = args->d_head, row = args->row[i];
@@ -77,18 +77,23 @@ static void add_outer(int64_t d, const double *restrict x, const double *restric
         }
 }
 
+/* Means are counted from the first row: those of equal rows are that row to the bit, so that their
+ * variance is 0 and not the square of a rounding, which would be fitted. */
 static void add_moments(const ifkv_refit_args *args, int head, const head_fit *fit) {
     const int64_t d = args->d_head, n = args->stale.n_row;
-    double x[D], y[D];
-    const double none[2 * D] = {0};
+    double x[D], y[D], origin[2 * D] = {0}; /* of the first row */
     memset(fit->gram, 0, (size_t)(2 * d * d + 2 * d) * sizeof *fit->gram);
+    fitted_row(args, head, 0, origin, x, y);
+    memcpy(origin, x, (size_t)d * sizeof *x);
+    memcpy(origin + d, y, (size_t)d * sizeof *y);
     for (int64_t i = 0; i < n; i++) {
-        fitted_row(args, head, i, none, x, y);
+        fitted_row(args, head, i, origin, x, y);
         for (int64_t c = 0; c < d; c++) {
             fit->mean[c] += x[c] / (double)n;
             fit->mean[d + c] += y[c] / (double)n;
         }
     }
+    for (int64_t c = 0; c < 2 * d; c++) fit->mean[c] += origin[c];
     for (int64_t i = 0; i < n; i++) {
         fitted_row(args, head, i, fit->mean, x, y);
         add_outer(d, x, y, fit->gram, fit->product);

@@ -22,7 +22,7 @@ ifkv_status ifkv_refit_init(ifkv_refit *refit, const ifkv_backend *backend,
                             const int64_t *kept, int64_t n_kept) {
     const int64_t n_context = shape->placement->n_context;
     IFKV_REQUIRE(backend->ops->refit, IFKV_ERR_UNSUPPORTED, IFKV_E_VALUE,
-                 "refit: back end %s has none, expected cpu", backend->ops->name);
+                 "refit: back end %s has none", backend->ops->name);
     refit->is_on = n_selected > 0;
     refit->n_head = shape->n_kv_head;
     refit->d_head = shape->d_head;

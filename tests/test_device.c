@@ -18,6 +18,7 @@
 #include "engine.h"
 #include "gen.h"
 #include "model_files.h"
+#include "session.h"
 
 #define BOUND 1.5
 /* Standard deviation over seeds of ln(got / narrow), of one vector.  Seen over 58 seeds of this
@@ -101,6 +102,12 @@ static ifkv_status narrow_merge(ifkv_backend *backend, const ifkv_merge_args *ar
     return IFKV_OK;
 }
 
+static ifkv_status narrow_refit(ifkv_backend *backend, const ifkv_refit_args *args) {
+    IFKV_TRY(wide_ops->refit(backend, args));
+    narrow_view(&args->x);
+    return IFKV_OK;
+}
+
 /* The weights are drawn in float32: round them to what the device holds. */
 static ifkv_status round_weights(ifkv_engine *engine) {
     const ifkv_view all = ifkv_view_make(engine->model.base, IFKV_DTYPE_F32, 1,
@@ -120,6 +127,7 @@ static ifkv_status compute_narrowly(ifkv_engine *engine) {
     narrow_ops.swiglu = narrow_swiglu;
     narrow_ops.attention = narrow_attention;
     narrow_ops.merge = narrow_merge;
+    narrow_ops.refit = narrow_refit;
     engine->backend->ops = &narrow_ops;
     return round_weights(engine);
 }
@@ -272,9 +280,11 @@ static void logits_err_as_those_of_bfloat16(void **state) {
     assert_bounded("short requests", got, narrow);
 }
 
-/* The rows a run selected are the best of its own scores: larger first, ties to the lower index. */
-static void assert_best(const device_case *it, const tiny_run *run) {
-    const int64_t first = tiny_request_end(&it->request, 0);
+/* The rows a run selected are the best of its own scores: larger first, ties to the lower index;
+ * `document` stands first. */
+static void assert_best_of(const device_case *it, const tiny_run *run, int64_t document) {
+    const int64_t *offset = it->request.request.chunk_offsets;
+    const int64_t first = it->request.request.n_prefix + offset[document + 1] - offset[document];
     for (int64_t i = 0, s = 0; i < run->n_context; i++) {
         const bool is_selected = s < run->n_selected && run->selected[s] == i;
         s += is_selected;
@@ -286,6 +296,10 @@ static void assert_best(const device_case *it, const tiny_run *run) {
                         (run->scores[other] == run->scores[i] && other < i));
         }
     }
+}
+
+static void assert_best(const device_case *it, const tiny_run *run) {
+    assert_best_of(it, run, 0);
 }
 
 /* The k-th best score: the least of those selected. */
@@ -382,6 +396,209 @@ static void exact_methods_are_full_prefill(void **state) {
     for (int c = 0; c < N_CASE; c += case_step) tiny_run_fini(&want[c]);
 }
 
+static void assert_rows_bounded(const char *what, distance got, distance narrow) {
+    print_message("%s: error of the device / of bfloat16: rows %.2e / %.2e\n", what, size_of(got),
+                  size_of(narrow));
+    assert_within(size_of(got), BOUND * size_of(narrow));
+}
+
+/* On one rank, and where the whole context lies apart from the shard.  That rows move at all shows
+ * in how far they are from where they were. */
+static void refitted_rows_err_as_bfloat16_does(void **state) {
+    (void)state;
+    distances got[2] = {0}, narrow = {0}, moved = {0};
+    for (int i = 0; i < N_CASE; i += case_step) {
+        const device_case *it = &cases[i];
+        const ifkv_prefill_options options =
+            select_as(&it->want, (ifkv_prefill_options){.refit = true, .exchange = "delta"});
+        tiny_run want = want_of(it, options), near = narrow_of(it, options);
+        add_run(&narrow, &near, &want);
+        add_run(&moved, &it->want, &want);
+        for (int size = 1; size <= 2; size++) {
+            tiny_run device = got_on(it, size, options);
+            add_run(&got[size - 1], &device, &want);
+            tiny_run_fini(&device);
+        }
+        tiny_run_fini(&want), tiny_run_fini(&near);
+    }
+    assert_true(size_of(moved.rows) > 5 * size_of(narrow.rows));
+    assert_rows_bounded("refit, 1 rank", got[0].rows, narrow.rows);
+    assert_rows_bounded("refit, 2 ranks", got[1].rows, narrow.rows);
+}
+
+/* ---- documents that change places ---- */
+
+enum { MAX_DOCUMENT = 5, MAX_SCORE = 512 };
+
+/* What the first look of a run saw: scores along the given sequence, how many of them are best, and
+ * the order that follows. */
+typedef struct first_look {
+    float score[MAX_SCORE];
+    int64_t n, k, order[MAX_DOCUMENT];
+} first_look;
+
+static first_look seen; /* by rank 0 of the last run */
+static ifkv_backend_ops watched_ops;
+static const ifkv_backend_ops *plain_ops;
+
+static ifkv_status watched_top_k(ifkv_backend *backend, const float *value, int64_t n, int64_t k,
+                                 int64_t *scratch, int64_t *index) {
+    if (seen.n == 0 && n <= MAX_SCORE) {
+        seen.n = n, seen.k = k;
+        IFKV_TRY(plain_ops->download(backend, seen.score, value, (size_t)n * sizeof *seen.score));
+    }
+    return plain_ops->top_k(backend, value, n, k, scratch, index);
+}
+
+static ifkv_status watch(ifkv_engine *engine) {
+    if (engine->comm->rank != 0) return IFKV_OK;
+    seen.n = 0;
+    plain_ops = engine->backend->ops;
+    watched_ops = *plain_ops;
+    watched_ops.top_k = watched_top_k;
+    engine->backend->ops = &watched_ops;
+    return IFKV_OK;
+}
+
+static ifkv_status watch_wide(ifkv_engine *engine) {
+    IFKV_TRY(round_weights(engine));
+    return watch(engine);
+}
+
+static ifkv_status watch_narrow(ifkv_engine *engine) {
+    IFKV_TRY(compute_narrowly(engine));
+    return watch(engine);
+}
+
+static ifkv_status see_order(ifkv_session *session) {
+    if (session->engine->comm->rank == 0)
+        memcpy(seen.order, session->reorder.order,
+               (size_t)session->reorder.n_document * sizeof *seen.order);
+    return IFKV_OK;
+}
+
+static tiny_run reordered_on(const device_case *it, const char *backend, tiny_engine_fn before,
+                             int size) {
+    tiny_run run = {.model = it->model,
+                    .backend = backend,
+                    .weight_seed = it->weight_seed,
+                    .request = &it->request.request,
+                    .options = {.reorder = "on", .ratio = "0.3"},
+                    .before = before,
+                    .after = see_order};
+    assert_ok(tiny_run_on(size, &run));
+    return run;
+}
+
+static int larger_first(const void *a, const void *b) {
+    const float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+
+/* Rows of each document that are among the best for certain, and those that may be, where a score
+ * errs by a relative `error` at most: the threshold then does, too. */
+static void count_best(const device_case *it, const first_look *look, double error,
+                       int64_t certain[], int64_t possible[]) {
+    float sorted[MAX_SCORE];
+    memcpy(sorted, look->score, (size_t)look->n * sizeof *sorted);
+    qsort(sorted, (size_t)look->n, sizeof *sorted, larger_first);
+    const double threshold = (double)sorted[look->k - 1], gap = (1 + error) / (1 - error);
+    for (int64_t d = 0; d < it->request.request.n_chunk; d++) {
+        certain[d] = possible[d] = 0;
+        for (int64_t i = d ? tiny_request_end(&it->request, d - 1) : it->request.request.n_prefix;
+             i < tiny_request_end(&it->request, d); i++) {
+            const double score = (double)look->score[i - (it->want.n_context - look->n)];
+            certain[d] += score > threshold * gap;
+            possible[d] += score >= threshold / gap;
+        }
+    }
+}
+
+/* No document stands before one whose share of the best rows is smaller whatever the scores' errors
+ * are; returns the number of pairs that this decides. */
+static int assert_order(const device_case *it, const first_look *want, const first_look *got) {
+    const int64_t n = it->request.request.n_chunk, *offset = it->request.request.chunk_offsets;
+    int64_t certain[MAX_DOCUMENT], possible[MAX_DOCUMENT];
+    double error = 0;
+    int n_decided = 0;
+    assert_true(want->n == got->n && want->k == got->k && got->n > 0);
+    for (int64_t i = 0; i < got->n; i++)
+        error = fmax(error, fabs((double)got->score[i] / (double)want->score[i] - 1));
+    count_best(it, want, error, certain, possible);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = i + 1; j < n; j++) {
+            const int64_t a = got->order[i], b = got->order[j];
+            const int64_t len_a = offset[a + 1] - offset[a], len_b = offset[b + 1] - offset[b];
+            assert_true(certain[a] * len_b <= possible[b] * len_a);
+            n_decided += possible[a] * len_b < certain[b] * len_a;
+        }
+    print_message("scores of the first look err by %.1e at most, which leaves %d of %d pairs of "
+                  "documents decided\n",
+                  error, n_decided, (int)(n * (n - 1) / 2));
+    return n_decided;
+}
+
+static bool is_order_of(const device_case *it, const first_look *a, const first_look *b) {
+    return !memcmp(a->order, b->order, (size_t)it->request.request.n_chunk * sizeof *a->order);
+}
+
+/* A reordered run is that of the permuted list with the rows it selected. */
+static void add_permuted(const device_case *it, const tiny_run *device, distances *got,
+                         distances *narrow) {
+    device_case permuted = *it;
+    permuted.request = tiny_request_permute(&it->request, seen.order);
+    const ifkv_prefill_options options =
+        select_as(device, (ifkv_prefill_options){.store = &tiny_empty_store});
+    tiny_run want = want_of(&permuted, options), near = narrow_of(&permuted, options);
+    add_run(got, device, &want);
+    add_run(narrow, &near, &want);
+    tiny_run_fini(&want), tiny_run_fini(&near);
+    tiny_request_fini(&permuted.request);
+}
+
+/* I20: places and selection follow the scores as far as these are certain, and rows are those of
+ * the order that comes of it. */
+static void reordered_documents_follow_the_scores(void **state) {
+    (void)state;
+    distances got = {0}, narrow = {0}, seen_error = {0}, near_error = {0};
+    distances got_last = {0}, near_last = {0}; /* scores that rows are selected by */
+    int n_decided = 0, n_same = 0;
+    for (int i = 0; i < N_CASE; i += case_step) {
+        const device_case *it = &cases[i];
+        if (it->request.request.n_chunk == 1) continue;
+        tiny_run want = reordered_on(it, "cpu", watch_wide, 1);
+        const first_look want_look = seen;
+        tiny_run near = reordered_on(it, "cpu", watch_narrow, 1);
+        const first_look near_look = seen;
+        add_tensor(&near_error.scores, near_look.score, want_look.score, want_look.n);
+        for (int size = 1; size <= 2; size++) {
+            tiny_run device = reordered_on(it, backend_name, watch, size);
+            n_decided += assert_order(it, &want_look, &seen);
+            add_tensor(&seen_error.scores, seen.score, want_look.score, want_look.n);
+            assert_best_of(it, &device, seen.order[0]);
+            if (is_order_of(it, &want_look, &seen) && is_order_of(it, &want_look, &near_look)) {
+                add_tensor(&got_last.scores, device.scores, want.scores, want.n_context);
+                add_tensor(&near_last.scores, near.scores, want.scores, want.n_context);
+                n_same++;
+            }
+            add_permuted(it, &device, &got, &narrow);
+            tiny_run_fini(&device);
+        }
+        tiny_run_fini(&want), tiny_run_fini(&near);
+    }
+    print_message("reorder: %d orders as on the CPU; scores of the first look, and of the last in "
+                  "these: error of the device / of bfloat16: %.2e / %.2e, %.2e / %.2e\n",
+                  n_same, size_of(seen_error.scores), size_of(near_error.scores),
+                  size_of(got_last.scores), size_of(near_last.scores));
+    assert_true(n_decided > 0);
+    assert_within(size_of(seen_error.scores),
+                  bound_of(seen_error.scores, SCORES_SPREAD) * size_of(near_error.scores));
+    if (n_same > 0)
+        assert_within(size_of(got_last.scores),
+                      bound_of(got_last.scores, SCORES_SPREAD) * size_of(near_last.scores));
+    assert_rows_bounded("reorder", got.rows, narrow.rows);
+}
+
 /* Weights of the engine at hand, one tensor after the other, as numbers; the caller frees them. */
 static double *weights_of(const ifkv_engine *engine, int64_t *n_p) {
     const ifkv_model *model = &engine->model;
@@ -465,6 +682,8 @@ int main(int argc, char **argv) {
         cmocka_unit_test(selection_follows_the_scores),
         cmocka_unit_test(ranks_change_nothing_beyond_rounding),
         cmocka_unit_test(exact_methods_are_full_prefill),
+        cmocka_unit_test(refitted_rows_err_as_bfloat16_does),
+        cmocka_unit_test(reordered_documents_follow_the_scores),
         cmocka_unit_test(same_inputs_give_the_same_bits),
     };
     backend_name = argc > 1 ? argv[1] : "cuda";

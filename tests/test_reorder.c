@@ -52,40 +52,8 @@ static tiny_run prefill(const reorder_case *it, const tiny_request *request, int
 
 static const ifkv_prefill_options reordered = {.reorder = "on"};
 
-/* A store in which nothing is ever found: documents are encoded as they are with reorder. */
-static bool load_nothing(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn take,
-                         void *take_arg) {
-    (void)arg, (void)entry, (void)take, (void)take_arg;
-    return false;
-}
-static void save_nothing(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn give,
-                         void *give_arg) {
-    (void)arg, (void)entry, (void)give, (void)give_arg;
-}
-static const ifkv_store no_store = {
-    .size = sizeof no_store, .load = load_nothing, .save = save_nothing};
-static const ifkv_prefill_options stored = {.store = &no_store};
-
-static tiny_request permute(const tiny_request *from, const int64_t *order) {
-    const int64_t n = from->request.n_chunk, n_prefix = from->request.n_prefix;
-    const int64_t n_token = from->n_context + from->request.n_prompt + from->request.n_question;
-    tiny_request to = {.request = from->request, .n_context = from->n_context};
-    to.token = malloc((size_t)n_token * sizeof *to.token);
-    to.offset = malloc(((size_t)n + 1) * sizeof *to.offset);
-    assert_true(to.token && to.offset);
-    memcpy(to.token, from->token, (size_t)n_token * sizeof *to.token);
-    to.offset[0] = 0;
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t begin = from->offset[order[i]], length = from->offset[order[i] + 1] - begin;
-        memcpy(to.token + n_prefix + to.offset[i], from->token + n_prefix + begin,
-               (size_t)length * sizeof *to.token);
-        to.offset[i + 1] = to.offset[i] + length;
-    }
-    to.request.prefix = n_prefix ? to.token : NULL;
-    to.request.chunk_tokens = to.token + n_prefix;
-    to.request.chunk_offsets = to.offset;
-    return to;
-}
+/* Documents are encoded as they are with reorder. */
+static const ifkv_prefill_options stored = {.store = &tiny_empty_store};
 
 static bool is_identity(const int64_t *order, int64_t n) {
     for (int64_t i = 0; i < n; i++)
@@ -104,7 +72,7 @@ static reorder_case make_case(int shape, int64_t n_prefix, int64_t n_chunk, cons
         tiny_run run = prefill(&made, &made.request, 1, reordered);
         tiny_run_fini(&run);
         memcpy(made.order, seen_order, sizeof made.order);
-        made.permuted = permute(&made.request, made.order);
+        made.permuted = tiny_request_permute(&made.request, made.order);
         if (!is_identity(made.order, n_chunk)) return made;
         tiny_request_fini(&made.request);
         tiny_request_fini(&made.permuted);
@@ -263,8 +231,9 @@ static void nothing_moves_without_a_selection(void **state) {
     for (int c = 0; c < N_CASE; c++) {
         tiny_run run = prefill(&cases[c], &cases[c].request, 2, options);
         assert_true(is_identity(seen_order, cases[c].request.request.n_chunk));
-        tiny_run none = prefill(&cases[c], &cases[c].request, 2,
-                                (ifkv_prefill_options){.method = "none", .store = &no_store});
+        tiny_run none =
+            prefill(&cases[c], &cases[c].request, 2,
+                    (ifkv_prefill_options){.method = "none", .store = &tiny_empty_store});
         assert_true(tiny_same_rows(&run, &none));
         tiny_run_fini(&run);
         tiny_run_fini(&none);

@@ -93,6 +93,38 @@ int64_t tiny_request_end(const tiny_request *request, int64_t chunk) {
     return request->request.n_prefix + request->offset[chunk + 1];
 }
 
+tiny_request tiny_request_permute(const tiny_request *from, const int64_t *order) {
+    const int64_t n = from->request.n_chunk, n_prefix = from->request.n_prefix;
+    const int64_t n_token = from->n_context + from->request.n_prompt + from->request.n_question;
+    tiny_request to = {.request = from->request, .n_context = from->n_context};
+    to.token = malloc((size_t)n_token * sizeof *to.token);
+    to.offset = malloc(((size_t)n + 1) * sizeof *to.offset);
+    assert_true(to.token && to.offset);
+    memcpy(to.token, from->token, (size_t)n_token * sizeof *to.token);
+    to.offset[0] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t begin = from->offset[order[i]], length = from->offset[order[i] + 1] - begin;
+        memcpy(to.token + n_prefix + to.offset[i], from->token + n_prefix + begin,
+               (size_t)length * sizeof *to.token);
+        to.offset[i + 1] = to.offset[i] + length;
+    }
+    to.request.prefix = n_prefix ? to.token : NULL;
+    to.request.chunk_tokens = to.token + n_prefix;
+    to.request.chunk_offsets = to.offset;
+    return to;
+}
+
+static bool load_nothing(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn take,
+                         void *take_arg) {
+    (void)arg, (void)entry, (void)take, (void)take_arg;
+    return false;
+}
+static void save_nothing(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn give,
+                         void *give_arg) {
+    (void)arg, (void)entry, (void)give, (void)give_arg;
+}
+const ifkv_store tiny_empty_store = {
+    .size = sizeof tiny_empty_store, .load = load_nothing, .save = save_nothing};
 /* Bytes of all ones: NaN as a number, -1 as an index.  What is read before it is written shows. */
 static ifkv_status poison(ifkv_engine *engine, void *to, size_t bytes) {
     unsigned char *ones = malloc(bytes + 1);

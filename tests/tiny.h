@@ -46,6 +46,12 @@ void tiny_request_fini(tiny_request *request);
 /* Index behind the last row of chunk i. */
 int64_t tiny_request_end(const tiny_request *request, int64_t chunk);
 
+/* The same with its chunks in another order: place i has chunk order[i].  Release it likewise. */
+tiny_request tiny_request_permute(const tiny_request *from, const int64_t *order);
+
+/* A store in which nothing is ever found. */
+extern const ifkv_store tiny_empty_store;
+
 typedef ifkv_status (*tiny_engine_fn)(ifkv_engine *engine);
 typedef ifkv_status (*tiny_session_fn)(ifkv_session *session);
 
