@@ -1,8 +1,7 @@
 /* cos_sin [n_row, d_head] = cosines, then sines, of position * frequency: float64, rounded once.
  *
- * A thread owns a pair of a row.  The host takes 50 ms for the angles of 32,768 rows of width 128,
- * and the device would wait for them; here it is 64 double operations or so a pair.  Bound by
- * bytes: 4 d_head a row written. */
+ * A thread owns a pair of a row.  Made on the host, the device would wait for them and for their
+ * upload at the start of every pass.  Bound by bytes: 4 d_head a row written. */
 #include "common.cuh"
 #include "cuda_check.h"
 #include "kernels.h"
