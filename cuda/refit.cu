@@ -18,27 +18,16 @@ ifkv_status check_aligned(const char *what, const ifkv_view *view) {
 }
 
 ifkv_status check_refit(const ifkv_refit_args *args) {
-    const int64_t n_col = static_cast<int64_t>(args->n_head) * args->d_head;
     IFKV_REQUIRE(args->n_head >= 1 && args->d_head % 16 == 0 && args->d_head >= 16 &&
                      args->d_head <= MAX_D_HEAD,
                  IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
                  "refit: got %d heads of width %d, expected a multiple of 16 up to %d",
                  args->n_head, args->d_head, MAX_D_HEAD);
-    IFKV_TRY(
-        ifkv_view_check("refit", "stale", &args->stale, IFKV_DTYPE_BF16, args->stale.n_row, n_col));
-    IFKV_TRY(
-        ifkv_view_check("refit", "fresh", &args->fresh, IFKV_DTYPE_BF16, args->stale.n_row, n_col));
-    IFKV_TRY(ifkv_view_check("refit", "x", &args->x, IFKV_DTYPE_BF16, args->x.n_row, n_col));
-    if (args->cos_sin.data)
-        IFKV_TRY(ifkv_view_check("refit", "cos_sin", &args->cos_sin, IFKV_DTYPE_F32, args->x.n_row,
-                                 args->d_head));
+    IFKV_TRY(ifkv_refit_check(args, IFKV_DTYPE_BF16));
     IFKV_TRY(check_aligned("stale", &args->stale));
     IFKV_TRY(check_aligned("fresh", &args->fresh));
     IFKV_TRY(check_aligned("x", &args->x));
     IFKV_TRY(check_aligned("cos_sin", &args->cos_sin));
-    IFKV_REQUIRE(args->first >= 0, IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
-                 "refit: got first row %lld, expected at least 0",
-                 static_cast<long long>(args->first));
     IFKV_REQUIRE(reinterpret_cast<uintptr_t>(args->scratch) % 16 == 0, IFKV_ERR_INTERNAL,
                  IFKV_E_SHAPE, "refit: got scratch that does not begin on 16 bytes");
     return IFKV_OK;

@@ -1181,6 +1181,9 @@ static void refit_refuses_what_does_not_fit(void **state) {
     bad.cos_sin.n_row--;
     assert_refit_fails(&it, &bad, "refit: cos_sin");
     bad = it.args;
+    bad.first = -1;
+    assert_refit_fails(&it, &bad, "first row -1");
+    bad = it.args;
     bad.stale.data = (char *)bad.stale.data + ifkv_dtype_bytes(bad.stale.dtype);
     if (!is_cpu()) assert_refit_fails(&it, &bad, "rows of stale");
     const int64_t wrong[][2] = {{2, it.row[1]}, {39, 80}, {0, -1}, {20, it.row[18]}};
