@@ -2,48 +2,13 @@
  *
  *   test_attention cpu | cuda
  *
- * Against float64 computations from the definitions, written here.  EPS is the spacing of float32
- * at 1.  Inputs are uniform in [-1, 1), so a scaled score s = q.k / sqrt(d) has deviation 1/3 and
- * errs by about EPS: d roundings of partial sums that grow to it.  The tolerances below are that,
- * the 2 ulp of the exponential and the roundings of a sum over the span, times a factor of about
- * ten deviations.  A back end of bfloat16 multiplies V with probabilities rounded to it, each
- * within 2^-8: no output is off by more than 2^-8, the largest |v| being 1, besides its own
- * rounding. */
-#include "test.h"
-
-#include "gen.h"
-
-#define EPS 0x1p-23
-
-static const char *backend_name;
-static gen noise;
-
-static bool is_cpu(void) {
-    return !strcmp(backend_name, "cpu");
-}
-
-static ifkv_backend *open_with(int n_thread) {
-    ifkv_backend *backend = NULL;
-    assert_ok(ifkv_backend_open(backend_name, n_thread, 0, &backend));
-    return backend;
-}
-
-static int setup(void **state) {
-    *state = open_with(2);
-    return 0;
-}
-
-static int teardown(void **state) {
-    ifkv_backend_close(*state);
-    return 0;
-}
-
-static void assert_near(double got, double want, double tolerance, const char *what, int64_t row,
-                        int64_t col) {
-    if (!(got == want || fabs(got - want) <= tolerance))
-        fail_msg("%s [%lld, %lld]: got %.9g, want %.9g within %.2g", what, (long long)row,
-                 (long long)col, got, want, tolerance);
-}
+ * Against float64 computations from the definitions, written here.  Inputs are uniform in [-1, 1),
+ * so a scaled score s = q.k / sqrt(d) has deviation 1/3 and errs by about EPS: d roundings of
+ * partial sums that grow to it.  The tolerances below are that, the 2 ulp of the exponential and
+ * the roundings of a sum over the span, times a factor of about ten deviations.  A back end of
+ * bfloat16 multiplies V with probabilities rounded to it, each within 2^-8: no output is off by
+ * more than 2^-8, the largest |v| being 1, besides its own rounding. */
+#include "conformance.h"
 
 /* What probabilities and result lose where K/V have this type, beyond float32. */
 static double narrowing(ifkv_dtype kv, ifkv_dtype to, double want) {
@@ -760,7 +725,6 @@ int main(int argc, char **argv) {
         cmocka_unit_test(operands_that_do_not_fit_are_refused),
         cmocka_unit_test(spans_outside_the_keys_are_refused),
     };
-    backend_name = argc > 1 ? argv[1] : "cpu";
-    noise = gen_create(argv[0]);
-    return cmocka_run_group_tests(tests, setup, teardown);
+    conformance_init(argc, argv);
+    return cmocka_run_group_tests(tests, backend_setup, backend_teardown);
 }

@@ -2,64 +2,10 @@
  *
  *   test_backend cpu | cuda
  *
- * Every operation against a float64 computation from its definition, written here.  EPS is the
- * spacing of float32 at 1; a rounding errs by at most EPS / 2.  All back ends compute in float32;
- * one whose results are bfloat16 rounds them once more, by at most 2^-8 of the result. */
-#include "test.h"
+ * Every operation against a float64 computation from its definition, written here. */
+#include "conformance.h"
 
 #include "cpu_backend.h"
-#include "gen.h"
-
-#define EPS 0x1p-23
-
-static const char *backend_name;
-static gen noise;
-
-static bool is_cpu(void) {
-    return !strcmp(backend_name, "cpu");
-}
-
-static ifkv_backend *open_with(int n_thread) {
-    ifkv_backend *backend = NULL;
-    assert_ok(ifkv_backend_open(backend_name, n_thread, 0, &backend));
-    return backend;
-}
-
-static int setup(void **state) {
-    *state = open_with(2);
-    return 0;
-}
-
-static int teardown(void **state) {
-    ifkv_backend_close(*state);
-    return 0;
-}
-
-/* Rows begin anywhere, or all on 16 bytes: a back end may take another way then. */
-static bool is_aligned;
-
-static gen_matrix make_of(ifkv_backend *backend, ifkv_dtype dtype, int64_t n_row, int64_t n_col,
-                          int64_t gap, gen_fill fill) {
-    return (is_aligned ? gen_matrix_create_aligned : gen_matrix_create)(&noise, backend, dtype,
-                                                                        n_row, n_col, gap, fill);
-}
-
-static gen_matrix make(ifkv_backend *backend, int64_t n_row, int64_t n_col, int64_t gap,
-                       gen_fill fill) {
-    return make_of(backend, backend->ops->dtype, n_row, n_col, gap, fill);
-}
-
-/* The last rounding of a result to this type, beyond that to float32. */
-static double rounding(ifkv_dtype dtype, double want) {
-    return dtype == IFKV_DTYPE_BF16 ? 0x1p-8 * fabs(want) : 0;
-}
-
-static void assert_near(double got, double want, double tolerance, const char *what, int64_t row,
-                        int64_t col) {
-    if (!(fabs(got - want) <= tolerance))
-        fail_msg("%s [%lld, %lld]: got %.9g, want %.9g within %.2g", what, (long long)row,
-                 (long long)col, got, want, tolerance);
-}
 
 static void names_and_thread_counts_are_checked(void **state) {
     (void)state;
@@ -1232,7 +1178,6 @@ int main(int argc, char **argv) {
         cmocka_unit_test(refit_repeats_its_bits),
         cmocka_unit_test(refit_refuses_what_does_not_fit),
     };
-    backend_name = argc > 1 ? argv[1] : "cpu";
-    noise = gen_create(argv[0]);
-    return cmocka_run_group_tests(tests, setup, teardown);
+    conformance_init(argc, argv);
+    return cmocka_run_group_tests(tests, backend_setup, backend_teardown);
 }
