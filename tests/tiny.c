@@ -150,6 +150,13 @@ static void save_nothing(void *arg, const ifkv_store_entry *entry, ifkv_store_la
 const ifkv_store tiny_empty_store = {
     .size = sizeof tiny_empty_store, .load = load_nothing, .save = save_nothing};
 
+ifkv_status tiny_slow_products(ifkv_engine *engine) {
+    engine->rates = (ifkv_rates){
+        .size = sizeof engine->rates, .matmul = 1e6, .attention = 1e15, .memory = 1e12};
+    engine->has_rates = true;
+    return IFKV_OK;
+}
+
 /* Bytes of all ones: NaN as a number, -1 as an index.  What is read before it is written shows. */
 static ifkv_status poison(ifkv_engine *engine, void *to, size_t bytes) {
     unsigned char *ones = malloc(bytes + 1);

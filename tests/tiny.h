@@ -70,6 +70,9 @@ extern const ifkv_store tiny_empty_store;
 
 typedef ifkv_status (*tiny_engine_fn)(ifkv_engine *engine);
 typedef ifkv_status (*tiny_session_fn)(ifkv_session *session);
+/* Rates under which products are all that takes time: recompute adds to those of encode, unless
+ * there are none. */
+ifkv_status tiny_slow_products(ifkv_engine *engine);
 
 typedef struct tiny_run {
     /* In. */
