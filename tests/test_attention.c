@@ -10,27 +10,17 @@
  * more than 2^-8, the largest |v| being 1, besides its own rounding. */
 #include "conformance.h"
 
+#include "attention_problem.h"
+
 /* What probabilities and result lose where K/V have this type, beyond float32. */
 static double narrowing(ifkv_dtype kv, ifkv_dtype to, double want) {
     return (kv == IFKV_DTYPE_BF16 ? 0x1p-8 : 0) + (to == IFKV_DTYPE_BF16 ? 0x1p-8 * fabs(want) : 0);
 }
 
-typedef struct heads {
-    int n_head, n_kv_head, d_head;
-} heads;
-
 /* Heads that the back end computes; others are refused by prepare, which has its own test. */
 static bool is_served(heads h) {
     return is_cpu() || (h.d_head % 16 == 0 && h.d_head <= 128);
 }
-
-/* One attention problem with its operands and its results. */
-typedef struct problem {
-    heads h;
-    int64_t n_row, n_key;
-    gen_matrix q, k, v, out, lse;
-    int64_t *begin, *end; /* owns, host */
-} problem;
 
 static problem problem_create_to(ifkv_backend *backend, ifkv_dtype to, heads h, int64_t n_row,
                                  int64_t n_key) {
@@ -56,39 +46,12 @@ static problem problem_create(ifkv_backend *backend, heads h, int64_t n_row, int
     return problem_create_to(backend, backend->ops->dtype, h, n_row, n_key);
 }
 
-static void problem_destroy(problem *p) {
-    gen_matrix_destroy(&p->q), gen_matrix_destroy(&p->k), gen_matrix_destroy(&p->v);
-    gen_matrix_destroy(&p->out), gen_matrix_destroy(&p->lse);
-    free(p->begin), free(p->end);
-}
-
-static ifkv_attention_args args_of(const problem *p) {
-    return (ifkv_attention_args){.n_head = p->h.n_head,
-                                 .n_kv_head = p->h.n_kv_head,
-                                 .d_head = p->h.d_head,
-                                 .scale = (float)(1 / sqrt((double)p->h.d_head)),
-                                 .q = p->q.view,
-                                 .k = p->k.view,
-                                 .v = p->v.view,
-                                 .out = p->out.view,
-                                 .lse = p->lse.view};
-}
-
 /* Attend rows [row, row + n) of the problem into the same rows of its results. */
 static void attend_rows(ifkv_backend *backend, problem *p, int64_t row, int64_t n) {
-    ifkv_attention_args args = args_of(p);
-    int64_t *begin = gen_upload(backend, p->begin + row, (size_t)n * sizeof *begin);
-    int64_t *end = gen_upload(backend, p->end + row, (size_t)n * sizeof *end);
-    args.begin = begin;
-    args.end = end;
-    args.q = ifkv_view_rows(&args.q, row, n);
-    args.out = ifkv_view_rows(&args.out, row, n);
-    args.lse = ifkv_view_rows(&args.lse, row, n);
+    const ifkv_attention_args args = problem_rows(p, row, n);
     assert_ok(backend->ops->attention(backend, &args));
     assert_ok(backend->ops->sync(backend)); /* need not be the one that reads */
-    assert_true(gen_matrix_read(&p->out));
-    assert_true(gen_matrix_read(&p->lse));
-    backend->ops->free(backend, begin), backend->ops->free(backend, end);
+    problem_read(p, &args);
 }
 
 static double score_of(const problem *p, int64_t row, int head, int64_t key) {
@@ -642,7 +605,7 @@ static void operands_that_do_not_fit_are_refused(void **state) {
     assert_fails(ops->prepare(backend, 8, 8, 257), is_cpu() ? status : IFKV_ERR_UNSUPPORTED,
                  IFKV_E_SHAPE, "257");
     problem p = problem_create_to(backend, IFKV_DTYPE_F32, (heads){9, 3, 64}, 2, 8);
-    ifkv_attention_args args = args_of(&p);
+    ifkv_attention_args args = problem_args(&p);
     args.k.n_col = 128;
     assert_fails(ops->attention(backend, &args), status, IFKV_E_SHAPE, "k is [8, 128]");
     args.k.n_col = 192;
@@ -689,7 +652,7 @@ static void spans_outside_the_keys_are_refused(void **state) {
         const int64_t begin[] = {0, bad[i].begin}, end[] = {4, bad[i].end};
         int64_t *begins = gen_upload(backend, begin, sizeof begin),
                 *ends = gen_upload(backend, end, sizeof end);
-        ifkv_attention_args args = args_of(&p);
+        ifkv_attention_args args = problem_args(&p);
         args.begin = begins, args.end = ends;
         ifkv_status status = ops->attention(backend, &args);
         assert_true(is_cpu() == (status != IFKV_OK));
