@@ -184,9 +184,9 @@ configure_options() {
 }
 
 build_all() {
-    local targets='test_emu ifkv_cli_emulated test_backend_emu test_attention_emu test_attention_cuda_emu test_device_emu
+    local targets='test_emu ifkv_cli_emulated test_backend_emu test_backend_refit_emu test_attention_emu test_attention_cuda_emu test_device_emu
         test_cuda_matmul_emu test_comm_device_emu'
-    [ "$is_emulated" = 1 ] || targets='ifkv_cli test_backend test_attention test_attention_cuda test_device test_cuda_matmul
+    [ "$is_emulated" = 1 ] || targets='ifkv_cli test_backend test_backend_refit test_attention test_attention_cuda test_device test_cuda_matmul
         test_comm_device test_instructions_sm80 test_instructions_sm90'
     local options
     configure_options
@@ -247,6 +247,7 @@ part_instructions() {
 
 part_conformance() {
     step conformance 'back end' 60 "$tests_ran" "$build/test_backend$suffix" cuda
+    step conformance refit 60 "$tests_ran" "$build/test_backend_refit$suffix" cuda
     step conformance attention 60 "$tests_ran" "$build/test_attention$suffix" cuda
     step conformance products 60 "$tests_ran" "$build/test_cuda_matmul$suffix"
     step conformance 'tiny prefills' 90 "$tests_ran" "$build/test_device$suffix" cuda
@@ -334,6 +335,7 @@ part_sanitizer() {
     }
     check memcheck 60 instructions "$claims_held" "$instructions"
     check memcheck 60 'back end' "$tests_ran" "$build/test_backend" cuda
+    check memcheck 60 refit "$tests_ran" "$build/test_backend_refit" cuda
     for kernel in $kernels; do
         check memcheck 40 "$kernel" "$tests_ran" "$build/test_attention_cuda" "$kernel" 0 '*key*'
         check racecheck 40 "$kernel" "$tests_ran" "$build/test_attention_cuda" "$kernel" 128 'one_key*'

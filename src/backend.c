@@ -1,4 +1,4 @@
-/* Opening back ends by name, the one conditional that says which were built, and the check of
+/* Opening back ends by name, the one conditional that says which were built, and the checks of
  * operands that they share.
  *
  * Owns the list of names.  Knows nothing of what a back end does. */
@@ -68,5 +68,19 @@ ifkv_status ifkv_view_check(const char *op, const char *what, const ifkv_view *v
                  IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
                  "%s: %s has stride %lld for %lld columns, or no data", op, what,
                  (long long)view->stride, (long long)n_col);
+    return IFKV_OK;
+}
+
+ifkv_status ifkv_refit_check(const ifkv_refit_args *args, ifkv_dtype dtype) {
+    const int64_t n_col = (int64_t)args->n_head * args->d_head, n_fit = args->stale.n_row,
+                  n_row = args->x.n_row;
+    IFKV_TRY(ifkv_view_check("refit", "stale", &args->stale, dtype, n_fit, n_col));
+    IFKV_TRY(ifkv_view_check("refit", "fresh", &args->fresh, dtype, n_fit, n_col));
+    IFKV_TRY(ifkv_view_check("refit", "x", &args->x, dtype, n_row, n_col));
+    if (args->cos_sin.data)
+        IFKV_TRY(ifkv_view_check("refit", "cos_sin", &args->cos_sin, IFKV_DTYPE_F32, n_row,
+                                 args->d_head));
+    IFKV_REQUIRE(args->first >= 0, IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                 "refit: got first row %lld, expected at least 0", (long long)args->first);
     return IFKV_OK;
 }

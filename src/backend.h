@@ -210,6 +210,9 @@ static inline ifkv_status ifkv_backend_before_wait(const ifkv_backend *backend) 
  * IFKV_ERR_INTERNAL with IFKV_E_SHAPE otherwise.  `op` and `what` are for the message. */
 ifkv_status ifkv_view_check(const char *op, const char *what, const ifkv_view *view,
                             ifkv_dtype dtype, int64_t n_row, int64_t n_col);
+/* For back ends: the same of all views of a refit, whose rows are of this type, and that `first` is
+ * not below 0.  The list of rows is for the back end to check. */
+ifkv_status ifkv_refit_check(const ifkv_refit_args *args, ifkv_dtype dtype);
 
 /* Implemented by src/cpu_backend.c and cuda/cuda_backend.c; called by ifkv_backend_open only. */
 ifkv_status ifkv_cpu_backend_open(int n_thread, int node_rank, ifkv_backend **backend_p);

@@ -178,16 +178,8 @@ static void move_block(const ifkv_refit_args *args, int head, int64_t row, int64
 }
 
 static ifkv_status check_refit(const ifkv_refit_args *args) {
-    const int64_t n_col = (int64_t)args->n_head * args->d_head;
     IFKV_TRY(ifkv_cpu_check_heads("refit", args->n_head, args->n_head, args->d_head));
-    IFKV_TRY(
-        ifkv_view_check("refit", "stale", &args->stale, IFKV_DTYPE_F32, args->stale.n_row, n_col));
-    IFKV_TRY(
-        ifkv_view_check("refit", "fresh", &args->fresh, IFKV_DTYPE_F32, args->stale.n_row, n_col));
-    IFKV_TRY(ifkv_view_check("refit", "x", &args->x, IFKV_DTYPE_F32, args->x.n_row, n_col));
-    if (args->cos_sin.data)
-        IFKV_TRY(ifkv_view_check("refit", "cos_sin", &args->cos_sin, IFKV_DTYPE_F32, args->x.n_row,
-                                 args->d_head));
+    IFKV_TRY(ifkv_refit_check(args, IFKV_DTYPE_F32));
     for (int64_t i = 0; i < args->stale.n_row; i++)
         IFKV_REQUIRE(args->row[i] >= (i ? args->row[i - 1] + 1 : 0) && args->row[i] < args->x.n_row,
                      IFKV_ERR_INTERNAL, IFKV_E_SHAPE,

@@ -2,70 +2,25 @@
  *
  *   test_attention cpu | cuda
  *
- * Against float64 computations from the definitions, written here.  EPS is the spacing of float32
- * at 1.  Inputs are uniform in [-1, 1), so a scaled score s = q.k / sqrt(d) has deviation 1/3 and
- * errs by about EPS: d roundings of partial sums that grow to it.  The tolerances below are that,
- * the 2 ulp of the exponential and the roundings of a sum over the span, times a factor of about
- * ten deviations.  A back end of bfloat16 multiplies V with probabilities rounded to it, each
- * within 2^-8: no output is off by more than 2^-8, the largest |v| being 1, besides its own
- * rounding. */
-#include "test.h"
+ * Against float64 computations from the definitions, written here.  Inputs are uniform in [-1, 1),
+ * so a scaled score s = q.k / sqrt(d) has deviation 1/3 and errs by about EPS: d roundings of
+ * partial sums that grow to it.  The tolerances below are that, the 2 ulp of the exponential and
+ * the roundings of a sum over the span, times a factor of about ten deviations.  A back end of
+ * bfloat16 multiplies V with probabilities rounded to it, each within 2^-8: no output is off by
+ * more than 2^-8, the largest |v| being 1, besides its own rounding. */
+#include "conformance.h"
 
-#include "gen.h"
-
-#define EPS 0x1p-23
-
-static const char *backend_name;
-static gen noise;
-
-static bool is_cpu(void) {
-    return !strcmp(backend_name, "cpu");
-}
-
-static ifkv_backend *open_with(int n_thread) {
-    ifkv_backend *backend = NULL;
-    assert_ok(ifkv_backend_open(backend_name, n_thread, 0, &backend));
-    return backend;
-}
-
-static int setup(void **state) {
-    *state = open_with(2);
-    return 0;
-}
-
-static int teardown(void **state) {
-    ifkv_backend_close(*state);
-    return 0;
-}
-
-static void assert_near(double got, double want, double tolerance, const char *what, int64_t row,
-                        int64_t col) {
-    if (!(got == want || fabs(got - want) <= tolerance))
-        fail_msg("%s [%lld, %lld]: got %.9g, want %.9g within %.2g", what, (long long)row,
-                 (long long)col, got, want, tolerance);
-}
+#include "attention_problem.h"
 
 /* What probabilities and result lose where K/V have this type, beyond float32. */
 static double narrowing(ifkv_dtype kv, ifkv_dtype to, double want) {
     return (kv == IFKV_DTYPE_BF16 ? 0x1p-8 : 0) + (to == IFKV_DTYPE_BF16 ? 0x1p-8 * fabs(want) : 0);
 }
 
-typedef struct heads {
-    int n_head, n_kv_head, d_head;
-} heads;
-
 /* Heads that the back end computes; others are refused by prepare, which has its own test. */
 static bool is_served(heads h) {
     return is_cpu() || (h.d_head % 16 == 0 && h.d_head <= 128);
 }
-
-/* One attention problem with its operands and its results. */
-typedef struct problem {
-    heads h;
-    int64_t n_row, n_key;
-    gen_matrix q, k, v, out, lse;
-    int64_t *begin, *end; /* owns, host */
-} problem;
 
 static problem problem_create_to(ifkv_backend *backend, ifkv_dtype to, heads h, int64_t n_row,
                                  int64_t n_key) {
@@ -91,39 +46,12 @@ static problem problem_create(ifkv_backend *backend, heads h, int64_t n_row, int
     return problem_create_to(backend, backend->ops->dtype, h, n_row, n_key);
 }
 
-static void problem_destroy(problem *p) {
-    gen_matrix_destroy(&p->q), gen_matrix_destroy(&p->k), gen_matrix_destroy(&p->v);
-    gen_matrix_destroy(&p->out), gen_matrix_destroy(&p->lse);
-    free(p->begin), free(p->end);
-}
-
-static ifkv_attention_args args_of(const problem *p) {
-    return (ifkv_attention_args){.n_head = p->h.n_head,
-                                 .n_kv_head = p->h.n_kv_head,
-                                 .d_head = p->h.d_head,
-                                 .scale = (float)(1 / sqrt((double)p->h.d_head)),
-                                 .q = p->q.view,
-                                 .k = p->k.view,
-                                 .v = p->v.view,
-                                 .out = p->out.view,
-                                 .lse = p->lse.view};
-}
-
 /* Attend rows [row, row + n) of the problem into the same rows of its results. */
 static void attend_rows(ifkv_backend *backend, problem *p, int64_t row, int64_t n) {
-    ifkv_attention_args args = args_of(p);
-    int64_t *begin = gen_upload(backend, p->begin + row, (size_t)n * sizeof *begin);
-    int64_t *end = gen_upload(backend, p->end + row, (size_t)n * sizeof *end);
-    args.begin = begin;
-    args.end = end;
-    args.q = ifkv_view_rows(&args.q, row, n);
-    args.out = ifkv_view_rows(&args.out, row, n);
-    args.lse = ifkv_view_rows(&args.lse, row, n);
+    const ifkv_attention_args args = problem_rows(p, row, n);
     assert_ok(backend->ops->attention(backend, &args));
     assert_ok(backend->ops->sync(backend)); /* need not be the one that reads */
-    assert_true(gen_matrix_read(&p->out));
-    assert_true(gen_matrix_read(&p->lse));
-    backend->ops->free(backend, begin), backend->ops->free(backend, end);
+    problem_read(p, &args);
 }
 
 static double score_of(const problem *p, int64_t row, int head, int64_t key) {
@@ -677,7 +605,7 @@ static void operands_that_do_not_fit_are_refused(void **state) {
     assert_fails(ops->prepare(backend, 8, 8, 257), is_cpu() ? status : IFKV_ERR_UNSUPPORTED,
                  IFKV_E_SHAPE, "257");
     problem p = problem_create_to(backend, IFKV_DTYPE_F32, (heads){9, 3, 64}, 2, 8);
-    ifkv_attention_args args = args_of(&p);
+    ifkv_attention_args args = problem_args(&p);
     args.k.n_col = 128;
     assert_fails(ops->attention(backend, &args), status, IFKV_E_SHAPE, "k is [8, 128]");
     args.k.n_col = 192;
@@ -724,7 +652,7 @@ static void spans_outside_the_keys_are_refused(void **state) {
         const int64_t begin[] = {0, bad[i].begin}, end[] = {4, bad[i].end};
         int64_t *begins = gen_upload(backend, begin, sizeof begin),
                 *ends = gen_upload(backend, end, sizeof end);
-        ifkv_attention_args args = args_of(&p);
+        ifkv_attention_args args = problem_args(&p);
         args.begin = begins, args.end = ends;
         ifkv_status status = ops->attention(backend, &args);
         assert_true(is_cpu() == (status != IFKV_OK));
@@ -760,7 +688,6 @@ int main(int argc, char **argv) {
         cmocka_unit_test(operands_that_do_not_fit_are_refused),
         cmocka_unit_test(spans_outside_the_keys_are_refused),
     };
-    backend_name = argc > 1 ? argv[1] : "cpu";
-    noise = gen_create(argv[0]);
-    return cmocka_run_group_tests(tests, setup, teardown);
+    conformance_init(argc, argv);
+    return cmocka_run_group_tests(tests, backend_setup, backend_teardown);
 }

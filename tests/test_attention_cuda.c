@@ -17,6 +17,7 @@
 #include "test.h"
 
 #include "attention.h"
+#include "attention_problem.h"
 #include "gen.h"
 #include "tensor_map.h"
 
@@ -41,17 +42,6 @@ static size_t row_offset(const gen_matrix *m, int64_t row) {
     return (size_t)(m->fence + row * m->view.stride) * ifkv_dtype_bytes(m->view.dtype);
 }
 
-typedef struct heads {
-    int n_head, n_kv_head, d_head;
-} heads;
-
-typedef struct problem {
-    heads h;
-    int64_t n_row, n_key;
-    gen_matrix q, k, v, out, lse;
-    int64_t *begin, *end; /* owns, host */
-} problem;
-
 /* Queries are uniform in [-q_size, q_size), keys and values in [-1, 1). */
 static problem create_problem(heads h, int64_t n_row, int64_t n_key, double q_size, ifkv_dtype to) {
     const ifkv_dtype dtype = IFKV_DTYPE_BF16;
@@ -72,38 +62,12 @@ static problem create_problem(heads h, int64_t n_row, int64_t n_key, double q_si
     return p;
 }
 
-static void destroy_problem(problem *p) {
-    gen_matrix *const all[] = {&p->q, &p->k, &p->v, &p->out, &p->lse};
-    for (int i = 0; i < 5; i++) gen_matrix_destroy(all[i]);
-    free(p->begin), free(p->end);
-}
-
-static ifkv_attention_args args_of(const problem *p) {
-    return (ifkv_attention_args){.n_head = p->h.n_head,
-                                 .n_kv_head = p->h.n_kv_head,
-                                 .d_head = p->h.d_head,
-                                 .scale = (float)(1 / sqrt((double)p->h.d_head)),
-                                 .q = p->q.view,
-                                 .k = p->k.view,
-                                 .v = p->v.view,
-                                 .out = p->out.view,
-                                 .lse = p->lse.view};
-}
-
 /* Attend rows [row, row + n) into the same rows of the results, spans in parts of part_keys. */
 static void attend_rows(problem *p, int64_t row, int64_t n, int64_t part_keys) {
-    ifkv_attention_args args = args_of(p);
-    int64_t *begin = gen_upload(backend, p->begin + row, (size_t)n * sizeof *begin);
-    int64_t *end = gen_upload(backend, p->end + row, (size_t)n * sizeof *end);
-    args.begin = begin, args.end = end;
-    args.q = ifkv_view_rows(&args.q, row, n);
-    args.out = ifkv_view_rows(&args.out, row, n);
-    args.lse = ifkv_view_rows(&args.lse, row, n);
+    const ifkv_attention_args args = problem_rows(p, row, n);
     assert_ok(ifkv_cuda_attention_by(&context, &args, kernel, part_keys));
     must(cudaDeviceSynchronize());
-    backend->ops->free(backend, begin), backend->ops->free(backend, end);
-    assert_true(gen_matrix_read(&p->out));
-    assert_true(gen_matrix_read(&p->lse));
+    problem_read(p, &args);
 }
 
 static void attend(problem *p) {
@@ -282,7 +246,7 @@ static void spans_match(span_rule *rule) {
         rule(&p);
         attend(&p);
         check(&p);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -319,7 +283,7 @@ static void keys_no_tile_sees_may_be_nan(void **state) {
         gen_matrix_write(&p.v);
         attend(&p);
         check(&p);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -357,7 +321,7 @@ static void masked_keys_change_no_bit(void **state) {
         assert_memory_equal(out, p.out.image, out_bytes);
         assert_memory_equal(lse, p.lse.image, lse_bytes);
         free(out), free(lse);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -372,7 +336,7 @@ static void a_nan_is_not_hidden(void **state) {
         for (int64_t r = 0; r < 4; r++)
             assert_true(isnan(*gen_at(&p.out, r, 0)) && isnan(*gen_at(&p.lse, r, 0)));
         if (h->n_kv_head > 1) assert_false(isnan(*gen_at(&p.lse, 2, h->n_head - 1)));
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -388,7 +352,7 @@ static void two_runs_give_the_same_bits(void **state) {
         gen_matrix_write(&p.out);
         attend(&p);
         assert_saved(&p, out, lse);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -435,9 +399,9 @@ static void selected_rows_have_the_bits_of_the_whole(void **state) {
                 assert_row_equal(&selected.out, i, &p.out, selections[s][i]);
                 assert_row_equal(&selected.lse, i, &p.lse, selections[s][i]);
             }
-            destroy_problem(&selected);
+            problem_destroy(&selected);
         }
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -454,7 +418,7 @@ static void a_group_ignores_its_neighbours(void **state) {
         save(&p, &out, &lse);
         for (int g = 4; g >= 0; g--) attend_rows(&p, cut[g], cut[g + 1] - cut[g], 0);
         assert_saved(&p, out, lse);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -470,7 +434,7 @@ static void constant_values_come_back(void **state) {
         gen_matrix_write(&p.v);
         attend(&p);
         check(&p);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -485,7 +449,7 @@ static void one_key_gives_its_value_bitwise(void **state) {
             for (int64_t c = 0; c < p.q.view.n_col; c++)
                 assert_true(*gen_at(&p.out, r, c) == *gen_at(&p.v, r, c / d / group * d + c % d));
         check(&p);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -517,7 +481,7 @@ static void one_hot_queries_fetch_their_value(void **state) {
                 assert_close("out", r, c, *gen_at(&p.out, r, c), want, 0);
             }
         assert_no_fault();
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -541,7 +505,7 @@ static void equal_keys_give_the_mean_exactly(void **state) {
         }
         for (int64_t i = 0; i < 3 * h->n_head; i++)
             assert_close("lse", i, 0, p.lse.value[i], log(256.0), 0x1p-22 * log(256.0));
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -576,7 +540,7 @@ static void large_scores_are_safe(void **state) {
                                      1.01 * 0x1p-8 * fabs(e.out[c]));
                 assert_close("lse", r, head, *gen_at(&p.lse, r, head), e.lse, 1e4 * 0x1p-21);
             }
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -590,7 +554,7 @@ static void empty_calls_write_what_is_due(void **state) {
         attend(&p);
         for (int64_t i = 0; i < 5 * p.q.view.n_col; i++) assert_true(p.out.value[i] == 0);
         for (int64_t i = 0; i < 5 * h->n_head; i++) assert_true(p.lse.value[i] == -INFINITY);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -602,7 +566,7 @@ static void parts_give_the_whole(void **state) {
         groups_with_empty_rows(&p);
         attend_rows(&p, 0, 40, part_keys);
         check(&p);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -622,7 +586,7 @@ static void planned_parts_give_the_whole(void **state) {
                 .n_part > 1);
         attend(&p);
         check(&p);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -671,7 +635,7 @@ static void ring_steps_give_the_whole(void **state) {
         check(&p);
         gen_matrix_destroy(&sum), gen_matrix_destroy(&sum_lse);
         free(begin), free(end);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -687,7 +651,7 @@ static void short_spans_ignore_parts(void **state) {
         save(&p, &out, &lse);
         attend_rows(&p, 0, 60, 128);
         assert_saved(&p, out, lse);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -705,7 +669,7 @@ static void impossible_spans_raise_the_fault_word(void **state) {
         must(cudaMemset(context.fault, 0, sizeof fault));
         check_rows(&p, 0, 4);
         check_rows(&p, 5, 4);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -754,7 +718,7 @@ static void kernels_agree(void **state) {
                          2 * (delta + (steps + 4) * 0x1p-23) + 0x1p-21 * fabs(lse[x]));
         assert_no_fault();
         free(out), free(lse);
-        destroy_problem(&p);
+        problem_destroy(&p);
     }
 }
 
@@ -762,7 +726,7 @@ static void operands_that_do_not_fit_are_refused(void **state) {
     (void)state;
     const ifkv_status status = IFKV_ERR_INTERNAL;
     problem p = create_problem((heads){6, 2, 64}, 3, 10, 1, IFKV_DTYPE_BF16);
-    const ifkv_attention_args good = args_of(&p);
+    const ifkv_attention_args good = problem_args(&p);
     ifkv_attention_args args = good;
     args.n_kv_head = 4;
     assert_fails(ifkv_cuda_attention(&context, &args), status, IFKV_E_SHAPE,
@@ -789,7 +753,7 @@ static void operands_that_do_not_fit_are_refused(void **state) {
     small.workspace_bytes = 1024;
     assert_fails(ifkv_cuda_attention_by(&small, &args, kernel, 2), status, IFKV_E_MEMORY,
                  "5 parts");
-    destroy_problem(&p);
+    problem_destroy(&p);
 }
 
 /* Maps that n more calls over rows [0, n_row) and keys [0, n_key) encode; the last one is checked.
@@ -815,7 +779,7 @@ static void calls_of_a_known_shape_encode_nothing(void **state) {
     assert_int_equal(encoded_by(&p, 1, 30, 100), is_used);
     assert_int_equal(encoded_by(&p, 1, 40, 90), 2 * is_used);
     assert_int_equal(encoded_by(&p, 1, 40, 100), 0);
-    destroy_problem(&p);
+    problem_destroy(&p);
 }
 
 static void every_word_of_a_shape_counts(void **state) {

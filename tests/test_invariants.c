@@ -1,91 +1,24 @@
 /* The invariants of the pipeline (algorithm section 8), one process, random weights.
  *
- * Each test is named after its claim, with the invariant's number.  Requests are awkward on
- * purpose: a chunk of one token, fewer chunks than ranks, one chunk, no prefix, a prompt of one
- * token, a question that is not the prompt.  Ranks are threads: 1, 2, 3, 5 and 8 of them.
- * Not here: I13 of one operation, I18's question mass (test_backend); I25 of one exchange
- * (test_exchange); I6's store and I26 (test_reuse); I17 (test_ride); I19 and cacheblend
- * (test_selectors); I20 (test_reorder); I21's keep selectors, I27: the forms that they compare do
- * not exist yet. */
-#include "tiny.h"
+ * Each test is named after its claim, with the invariant's number.  Ranks are threads: 1, 2, 3, 5
+ * and 8 of them.
+ * Not here: I13 of one operation, I18's question mass (test_attention); I15 and what else is true
+ * of exact methods (test_exact); I25 of one exchange (test_exchange); I6's store and I26
+ * (test_reuse); I17 (test_ride); I19 and cacheblend (test_selectors); I20 (test_reorder); I21's
+ * keep selectors, I27: the forms that they compare do not exist yet. */
+#include "pipeline.h"
 
 #include "agree.h"
 #include "comm.h"
 #include "engine.h"
 #include "error_codes.h"
-#include "model_files.h"
 #include "prefill.h"
 
 static const int sizes[] = {1, 2, 3, 5, 8};
-enum { N_SIZE = sizeof sizes / sizeof *sizes, N_CASE = 4, MAX_SIZE = 8 };
+enum { N_SIZE = sizeof sizes / sizeof *sizes, MAX_SIZE = 8 };
 
-/* A model and a request to it. */
-typedef struct pipeline_case {
-    char *model;
-    const tiny_shape *shape;
-    uint64_t weight_seed;
-    tiny_request request;
-} pipeline_case;
-
-static uint64_t seed;
-static char *dir;
-static pipeline_case cases[N_CASE], large;
-
-static pipeline_case make_case(int shape, int64_t n_prefix, int64_t n_chunk, const int64_t *length,
-                               int64_t n_prompt, int64_t n_question) {
-    pipeline_case made = {.shape = &tiny_shapes[shape]};
-    made.model = tiny_model(dir, made.shape, -1);
-    made.weight_seed = (uint64_t)tiny_below(&seed, 1 << 30);
-    made.request = tiny_request_make(&seed, made.shape->n_vocab, n_prefix, n_chunk, length,
-                                     n_prompt, n_question);
-    return made;
-}
-
-static int make_cases(void **state) {
-    if (dir_setup(state)) return -1;
-    dir = *state;
-    int64_t random_length[11];
-    for (int i = 0; i < 11; i++) random_length[i] = 1 + tiny_below(&seed, 30);
-    cases[0] = make_case(0, 3, 7, (int64_t[]){17, 1, 40, 5, 33, 64, 9}, 7, 4);
-    cases[1] = make_case(1, 0, 3, (int64_t[]){20, 1, 31}, 1, 3);
-    cases[2] = make_case(2, 2, 11, random_length, 5, 0);
-    cases[3] = make_case(3, 1, 1, (int64_t[]){37}, 4, 2);
-    /* several tiles of rows, several blocks of keys, units of 64 on 2 ranks, 2 blocks of tail rows
-     */
-    large = make_case(0, 1, 4, (int64_t[]){300, 257, 200, 256}, 300, 9);
-    return 0;
-}
-
-static void free_case(pipeline_case *it) {
-    free(it->model);
-    tiny_request_fini(&it->request);
-}
-
-static int free_cases(void **state) {
-    for (int i = 0; i < N_CASE; i++) free_case(&cases[i]);
-    free_case(&large);
-    return dir_teardown(state);
-}
-
-static tiny_run run_of(const pipeline_case *it, ifkv_prefill_options options) {
-    return (tiny_run){.model = it->model,
-                      .weight_seed = it->weight_seed,
-                      .request = &it->request.request,
-                      .options = options};
-}
-
-static tiny_run prefill(const pipeline_case *it, int size, ifkv_prefill_options options) {
-    tiny_run run = run_of(it, options);
-    assert_ok(tiny_run_on(size, &run));
-    return run;
-}
-
-static tiny_run full_prefill(const pipeline_case *it) {
-    return prefill(it, 1, (ifkv_prefill_options){.method = "full"});
-}
-
-static double logits_error(const tiny_run *got, const tiny_run *want) {
-    return tiny_error(got->logits, want->logits, want->n_vocab);
+static tiny_run full_prefill(const tiny_case *it) {
+    return tiny_prefill(it, 1, (ifkv_prefill_options){.method = "full"});
 }
 
 static bool same_logits(const tiny_run *got, const tiny_run *want) {
@@ -101,28 +34,13 @@ static bool same_bits(const tiny_run *got, const tiny_run *want) {
            (!got->scores || !memcmp(got->scores, want->scores, scores));
 }
 
-/* Rows that full prefill and a run must agree on, and the logits if all rows are among them. */
-static void assert_equals_full(const tiny_run *got, const tiny_run *full, int64_t end) {
-    assert_within(tiny_rows_error(got, full, 0, end), TINY_TOLERANCE);
-    if (end == full->n_context) assert_within(logits_error(got, full), TINY_TOLERANCE);
-}
-
-/* Random eligible rows, about one in `one_in`.  The caller frees it. */
-static int64_t *random_selection(const pipeline_case *it, int64_t one_in, int64_t *n_p) {
-    int64_t *selected = malloc((size_t)it->request.n_context * sizeof *selected);
-    assert_non_null(selected);
-    *n_p = 0;
-    for (int64_t i = tiny_request_end(&it->request, 0); i < it->request.n_context; i++)
-        if (tiny_below(&seed, one_in) == 0) selected[(*n_p)++] = i;
-    return selected;
-}
-
 static void i01_layer_0_equals_full_prefill(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++) {
         tiny_run full = full_prefill(&cases[c]);
         for (int s = 0; s < N_SIZE; s++) {
-            tiny_run none = prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "none"});
+            tiny_run none =
+                tiny_prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "none"});
             const int64_t n = full.n_context * full.n_col;
             assert_within(tiny_error(none.k, full.k, n), TINY_TOLERANCE);
             assert_within(tiny_error(none.v, full.v, n), TINY_TOLERANCE);
@@ -139,8 +57,9 @@ static void i02_ratio_one_equals_full_prefill(void **state) {
     for (int c = 0; c < N_CASE; c++) {
         tiny_run full = full_prefill(&cases[c]);
         for (int s = 0; s < 2 * N_SIZE; s++) {
-            tiny_run all = prefill(&cases[c], sizes[s / 2],
-                                   (ifkv_prefill_options){.ratio = "1", .exchange = exact[s % 2]});
+            tiny_run all =
+                tiny_prefill(&cases[c], sizes[s / 2],
+                             (ifkv_prefill_options){.ratio = "1", .exchange = exact[s % 2]});
             assert_int_equal(all.n_selected,
                              all.n_context - tiny_request_end(&cases[c].request, 0));
             assert_equals_full(&all, &full, full.n_context);
@@ -154,8 +73,8 @@ static void i02_method_all_equals_full_prefill_in_tiles_and_units(void **state) 
     (void)state;
     tiny_run full = full_prefill(&large);
     for (int i = 0; i < 6; i++) {
-        tiny_run all = prefill(&large, 1 + i / 2,
-                               (ifkv_prefill_options){.method = "all", .exchange = exact[i % 2]});
+        tiny_run all = tiny_prefill(
+            &large, 1 + i / 2, (ifkv_prefill_options){.method = "all", .exchange = exact[i % 2]});
         assert_equals_full(&all, &full, full.n_context);
         tiny_run_fini(&all);
     }
@@ -166,9 +85,9 @@ static void i02_full_prefill_is_the_same_bits_on_any_ranks(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++) {
         const ifkv_prefill_options options = {.method = "full", .max_new = 3};
-        tiny_run one = prefill(&cases[c], 0, options);
+        tiny_run one = tiny_prefill(&cases[c], 0, options);
         for (int s = 0; s < N_SIZE; s++) {
-            tiny_run full = prefill(&cases[c], sizes[s], options);
+            tiny_run full = tiny_prefill(&cases[c], sizes[s], options);
             assert_true(same_bits(&full, &one));
             tiny_run_fini(&full);
         }
@@ -185,10 +104,11 @@ static void i03_empty_selection_leaves_the_cache_unchanged(void **state) {
                                                 {.selected = nothing}};
     for (int c = 0; c < N_CASE; c++)
         for (int s = 0; s < N_SIZE; s += 2) {
-            tiny_run none = prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "none"});
+            tiny_run none =
+                tiny_prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "none"});
             assert_int_equal(none.n_selected, 0);
             for (size_t w = 0; w < sizeof ways / sizeof *ways; w++) {
-                tiny_run empty = prefill(&cases[c], sizes[s], ways[w]);
+                tiny_run empty = tiny_prefill(&cases[c], sizes[s], ways[w]);
                 assert_int_equal(empty.n_selected, 0);
                 assert_true(tiny_same_rows(&empty, &none));
                 assert_true(same_logits(&empty, &none));
@@ -208,7 +128,7 @@ static void i04_chunk_0_equals_full_prefill(void **state) {
         tiny_run full = full_prefill(&cases[c]);
         const int64_t end = tiny_request_end(&cases[c].request, 0);
         for (int s = 0; s < N_SIZE; s++) {
-            tiny_run run = prefill(&cases[c], sizes[s], ways[(c + s) % 4]);
+            tiny_run run = tiny_prefill(&cases[c], sizes[s], ways[(c + s) % 4]);
             assert_equals_full(&run, &full, end);
             tiny_run_fini(&run);
         }
@@ -219,16 +139,17 @@ static void i04_chunk_0_equals_full_prefill(void **state) {
 static void i05_one_chunk_selects_nothing_and_equals_full_prefill(void **state) {
     (void)state;
     for (int prefix = 0; prefix <= 3; prefix += 3) {
-        pipeline_case it = make_case(2, prefix, 1, (int64_t[]){29}, 1, 5);
+        tiny_case it =
+            tiny_case_make(dir, &seed, &tiny_shapes[2], prefix, 1, (int64_t[]){29}, 1, 5);
         tiny_run full = full_prefill(&it);
         for (int s = 0; s < N_SIZE; s++) {
-            tiny_run run = prefill(&it, sizes[s], (ifkv_prefill_options){.ratio = "0.9"});
+            tiny_run run = tiny_prefill(&it, sizes[s], (ifkv_prefill_options){.ratio = "0.9"});
             assert_int_equal(run.n_selected, 0);
             assert_equals_full(&run, &full, full.n_context);
             tiny_run_fini(&run);
         }
         tiny_run_fini(&full);
-        free_case(&it);
+        tiny_case_fini(&it);
     }
 }
 
@@ -249,8 +170,8 @@ static void rotate(float *k, int64_t n_row, const tiny_shape *shape, int64_t shi
 static void i06_encode_with_shift_equals_local_encode_rotated(void **state) {
     (void)state;
     for (int c = 0; c < 3; c++) {
-        const pipeline_case *it = &cases[c];
-        tiny_run placed = prefill(it, 3, (ifkv_prefill_options){.method = "none"});
+        const tiny_case *it = &cases[c];
+        tiny_run placed = tiny_prefill(it, 3, (ifkv_prefill_options){.method = "none"});
         for (int64_t i = 1; i < it->request.request.n_chunk; i++) {
             /* the chunk alone behind the prefix: rows 0 .. p + n_i - 1, rotated at their index */
             const int64_t bounds[] = {0, it->request.offset[i + 1] - it->request.offset[i]};
@@ -259,7 +180,7 @@ static void i06_encode_with_shift_equals_local_encode_rotated(void **state) {
             request.chunk_tokens += it->request.offset[i];
             request.chunk_offsets = bounds;
             request.n_chunk = 1;
-            tiny_run local = run_of(it, (ifkv_prefill_options){.method = "none"});
+            tiny_run local = tiny_run_of(it, (ifkv_prefill_options){.method = "none"});
             local.request = &request;
             assert_ok(tiny_run_on(0, &local));
             for (int layer = 0; layer < placed.n_layer; layer++) {
@@ -281,12 +202,12 @@ static void i06_encode_with_shift_equals_local_encode_rotated(void **state) {
 static void i07_recompute_ignores_the_dealing_of_rows(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++) {
-        int64_t n = 0, *selected = random_selection(&cases[c], 3, &n);
+        int64_t n = 0, *selected = tiny_case_rows(&cases[c], &seed, 3, &n);
         const ifkv_prefill_options options = {.selected = selected, .n_selected = n};
-        tiny_run one = prefill(&cases[c], 0, options);
+        tiny_run one = tiny_prefill(&cases[c], 0, options);
         assert_int_equal(one.n_selected, n);
         for (int s = 0; s < N_SIZE; s++) {
-            tiny_run run = prefill(&cases[c], sizes[s], options);
+            tiny_run run = tiny_prefill(&cases[c], sizes[s], options);
             assert_true(run.selected_digest == one.selected_digest);
             assert_equals_full(&run, &one, one.n_context);
             tiny_run_fini(&run);
@@ -325,7 +246,7 @@ static void i08_recompute_twice_changes_no_bit(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++)
         for (int s = 0; s < N_SIZE; s++) {
-            tiny_run run = run_of(
+            tiny_run run = tiny_run_of(
                 &cases[c],
                 (ifkv_prefill_options){.ratio = "0.4", .exchange = exact[s % 2], .ride = "score"});
             run.after = recompute_again;
@@ -352,18 +273,18 @@ static ifkv_request cut_after(const tiny_request *of, int64_t x, int64_t *bounds
 static void i09_cut_after_a_row_leaves_the_rows_before_it(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++) {
-        const pipeline_case *it = &cases[c];
-        int64_t n = 0, *selected = random_selection(it, 3, &n), bounds[16];
+        const tiny_case *it = &cases[c];
+        int64_t n = 0, *selected = tiny_case_rows(it, &seed, 3, &n), bounds[16];
         for (int s = 0; s < N_SIZE; s++) {
             const int64_t first = it->request.request.n_prefix;
             const int64_t x = first + tiny_below(&seed, it->request.n_context - first);
-            tiny_run whole = prefill(it, sizes[s],
-                                     (ifkv_prefill_options){.selected = selected, .n_selected = n});
+            tiny_run whole = tiny_prefill(
+                it, sizes[s], (ifkv_prefill_options){.selected = selected, .n_selected = n});
             const ifkv_request request = cut_after(&it->request, x, bounds);
             int64_t n_kept = 0;
             while (n_kept < n && selected[n_kept] <= x) n_kept++;
             tiny_run cut =
-                run_of(it, (ifkv_prefill_options){.selected = selected, .n_selected = n_kept});
+                tiny_run_of(it, (ifkv_prefill_options){.selected = selected, .n_selected = n_kept});
             cut.request = &request;
             assert_ok(tiny_run_on(sizes[s], &cut));
             assert_int_equal(cut.n_context, x + 1);
@@ -376,7 +297,7 @@ static void i09_cut_after_a_row_leaves_the_rows_before_it(void **state) {
 }
 
 /* l1 scores of the context rows, one chunk, for a question of n_question tokens behind it. */
-static tiny_run score_one_chunk(const pipeline_case *it, int size, const int64_t *bounds,
+static tiny_run score_one_chunk(const tiny_case *it, int size, const int64_t *bounds,
                                 const int32_t *question, int64_t n_question) {
     const ifkv_request request = {.size = sizeof request,
                                   .chunk_tokens = it->request.token,
@@ -384,7 +305,7 @@ static tiny_run score_one_chunk(const pipeline_case *it, int size, const int64_t
                                   .n_chunk = 1,
                                   .prompt = question,
                                   .n_prompt = n_question};
-    tiny_run run = run_of(it, (ifkv_prefill_options){.ratio = "0", .score = "l1"});
+    tiny_run run = tiny_run_of(it, (ifkv_prefill_options){.ratio = "0", .score = "l1"});
     run.request = &request;
     assert_ok(tiny_run_on(size, &run));
     return run;
@@ -397,7 +318,7 @@ static void i09_question_rows_see_earlier_ones_as_if_they_were_context(void **st
     static const int64_t short_bounds[] = {0, 31}, long_bounds[] = {0, 32};
     for (int c = 0; c < N_CASE; c++)
         for (int s = 0; s < N_SIZE; s += 2) {
-            const pipeline_case *it = &cases[c];
+            const tiny_case *it = &cases[c];
             const int32_t *token = it->request.token + 31;
             tiny_run both = score_one_chunk(it, sizes[s], short_bounds, token, 2),
                      a = score_one_chunk(it, sizes[s], short_bounds, token, 1),
@@ -413,15 +334,15 @@ static void i09_question_rows_see_earlier_ones_as_if_they_were_context(void **st
 static void i10_first_chunks_selected_equal_full_prefill(void **state) {
     (void)state;
     for (int c = 0; c < 3; c++) {
-        const pipeline_case *it = &cases[c];
+        const tiny_case *it = &cases[c];
         tiny_run full = full_prefill(it);
-        int64_t n_all = 0, *selected = random_selection(it, 1, &n_all);
+        int64_t n_all = 0, *selected = tiny_case_rows(it, &seed, 1, &n_all);
         for (int s = 0; s < N_SIZE; s++) {
             const int64_t m = 1 + tiny_below(&seed, it->request.request.n_chunk - 1);
             const int64_t end = tiny_request_end(&it->request, m);
             const int64_t n = end - tiny_request_end(&it->request, 0);
-            tiny_run run = prefill(it, sizes[s],
-                                   (ifkv_prefill_options){.selected = selected, .n_selected = n});
+            tiny_run run = tiny_prefill(
+                it, sizes[s], (ifkv_prefill_options){.selected = selected, .n_selected = n});
             assert_equals_full(&run, &full, end);
             tiny_run_fini(&run);
         }
@@ -435,7 +356,7 @@ static bool is_better(const float *scores, int64_t a, int64_t b) {
     return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
 }
 
-static void assert_best_selected(const pipeline_case *it, const tiny_run *run) {
+static void assert_best_selected(const tiny_case *it, const tiny_run *run) {
     const int64_t first = tiny_request_end(&it->request, 0);
     bool *is_selected = calloc((size_t)run->n_context, 1);
     assert_non_null(is_selected);
@@ -472,12 +393,12 @@ static void i11_selection_and_scores_ignore_ranks_and_placement(void **state) {
     int n_differ = 0;
     for (int c = 0; c < N_CASE; c++) {
         ifkv_prefill_options options = {.ratio = "0.25"};
-        tiny_run one = prefill(&cases[c], 0, options);
+        tiny_run one = tiny_prefill(&cases[c], 0, options);
         assert_best_selected(&cases[c], &one);
         for (int s = 0; s < N_SIZE; s++)
             for (int p = 0; p < 4; p++) {
                 options.placement = placements[p];
-                tiny_run run = prefill(&cases[c], sizes[s], options);
+                tiny_run run = tiny_prefill(&cases[c], sizes[s], options);
                 n_differ += differs_from(&run, &one);
                 tiny_run_fini(&run);
             }
@@ -492,9 +413,9 @@ static void i11_no_bit_depends_on_the_number_of_threads(void **state) {
     for (int c = 0; c < N_CASE; c++)
         for (int size = 0; size <= 2; size += 2) {
             const ifkv_prefill_options options = {.ratio = "0.25", .max_new = 2};
-            tiny_run one = prefill(&cases[c], size, options);
+            tiny_run one = tiny_prefill(&cases[c], size, options);
             for (int n_thread = 2; n_thread <= 3; n_thread++) {
-                tiny_run run = run_of(&cases[c], options);
+                tiny_run run = tiny_run_of(&cases[c], options);
                 run.n_thread = n_thread;
                 assert_ok(tiny_run_on(size, &run));
                 assert_true(same_bits(&run, &one));
@@ -504,62 +425,15 @@ static void i11_no_bit_depends_on_the_number_of_threads(void **state) {
         }
 }
 
-static int64_t largest(const float *x, int64_t n) {
-    int64_t best = 0;
-    for (int64_t i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
-    return best;
-}
-
-/* Distance of the largest to the second. */
-static double lead(const float *x, int64_t n) {
-    const int64_t best = largest(x, n);
-    double second = -INFINITY;
-    for (int64_t i = 0; i < n; i++)
-        if (i != best && x[i] > second) second = x[i];
-    return x[best] - second;
-}
-
-/* Logits are of order 1 and agree to about 1e-5: where two lead by less, their order is open. */
-#define CLEAR_LEAD 1e-3
-
-/* The one-rank answer, each token checked against a prefill whose prompt holds the tokens before
- * it. Returns how many leading tokens are clear enough to be demanded of others. */
-static int64_t check_answer(const pipeline_case *it, const char *method, const tiny_run *one) {
-    const ifkv_request *request = &it->request.request;
-    int32_t *prompt = malloc((size_t)(request->n_prompt + one->n_answer) * sizeof *prompt);
-    assert_non_null(prompt);
-    memcpy(prompt, request->prompt, (size_t)request->n_prompt * sizeof *prompt);
-    memcpy(prompt + request->n_prompt, one->answer, (size_t)one->n_answer * sizeof *prompt);
-    int64_t n_clear = 0;
-    bool is_clear = true;
-    for (int64_t i = 0; i < one->n_answer && is_clear; i++) {
-        ifkv_request extended = *request;
-        extended.prompt = prompt;
-        extended.n_prompt += i;
-        tiny_run run = run_of(it, (ifkv_prefill_options){.method = method,
-                                                         .selected = one->selected,
-                                                         .n_selected = one->n_selected});
-        run.request = &extended;
-        assert_ok(tiny_run_on(0, &run));
-        is_clear = lead(run.logits, run.n_vocab) > CLEAR_LEAD;
-        if (is_clear) assert_int_equal(largest(run.logits, run.n_vocab), one->answer[i]);
-        n_clear += is_clear;
-        tiny_run_fini(&run);
-    }
-    free(prompt);
-    return n_clear;
-}
-
 static void i12_rows_logits_and_answer_ignore_the_number_of_ranks(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++) {
         const ifkv_prefill_options options = {.ratio = "0.3", .max_new = 6};
-        tiny_run one = prefill(&cases[c], 0, options);
+        tiny_run one = tiny_prefill(&cases[c], 0, options);
         assert_int_equal(one.n_answer, 6);
         const int64_t n_clear = check_answer(&cases[c], NULL, &one);
         for (int s = 0; s < N_SIZE; s++) {
-            tiny_run run = prefill(&cases[c], sizes[s], options);
+            tiny_run run = tiny_prefill(&cases[c], sizes[s], options);
             assert_equals_full(&run, &one, one.n_context);
             assert_memory_equal(run.answer, one.answer, (size_t)n_clear * sizeof *one.answer);
             tiny_run_fini(&run);
@@ -571,11 +445,11 @@ static void i12_rows_logits_and_answer_ignore_the_number_of_ranks(void **state) 
 static void i12_tiles_units_and_tail_blocks_change_no_result(void **state) {
     (void)state;
     const ifkv_prefill_options options = {.ratio = "0.55", .max_new = 3};
-    tiny_run one = prefill(&large, 0, options);
+    tiny_run one = tiny_prefill(&large, 0, options);
     assert_true(one.n_selected >= 512); /* so that 2 ranks deal units of 64 rows */
     const int64_t n_clear = check_answer(&large, NULL, &one);
     for (int size = 2; size <= 3; size++) {
-        tiny_run run = prefill(&large, size, options);
+        tiny_run run = tiny_prefill(&large, size, options);
         differs_from(&run, &one);
         assert_true(run.selected_digest == one.selected_digest);
         assert_equals_full(&run, &one, one.n_context);
@@ -592,11 +466,11 @@ static void i14_delta_equals_query_equals_one_rank(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++) {
         ifkv_prefill_options options = {.ratio = ratios[c % 3], .max_new = 2};
-        tiny_run one = prefill(&cases[c], 0, options);
+        tiny_run one = tiny_prefill(&cases[c], 0, options);
         for (int s = 0; s < N_SIZE; s++)
             for (int e = 0; e < 2; e++) {
                 options.exchange = exact[e];
-                tiny_run run = prefill(&cases[c], sizes[s], options);
+                tiny_run run = tiny_prefill(&cases[c], sizes[s], options);
                 assert_true(run.selected_digest == one.selected_digest);
                 assert_equals_full(&run, &one, one.n_context);
                 tiny_run_fini(&run);
@@ -610,10 +484,10 @@ static void i14_every_exchange_on_one_rank_gives_the_same_bits(void **state) {
     static const char *const others[] = {"delta", "kv", "local"};
     for (int c = 0; c < N_CASE; c++) {
         ifkv_prefill_options options = {.ratio = "0.5", .exchange = "query", .max_new = 2};
-        tiny_run query = prefill(&cases[c], 1, options);
+        tiny_run query = tiny_prefill(&cases[c], 1, options);
         for (int e = 0; e < 3; e++) {
             options.exchange = others[e];
-            tiny_run run = prefill(&cases[c], 1, options);
+            tiny_run run = tiny_prefill(&cases[c], 1, options);
             assert_true(same_bits(&run, &query));
             tiny_run_fini(&run);
         }
@@ -621,130 +495,9 @@ static void i14_every_exchange_on_one_rank_gives_the_same_bits(void **state) {
     }
 }
 
-static const char *const rivals[] = {"ring", "allgather"};
-enum { N_RIVAL = sizeof rivals / sizeof *rivals };
-
-/* K/V, logits and answer of both exact methods on these ranks against full prefill on one. */
-static void assert_exact(const pipeline_case *it, const int *n_rank, int n) {
-    tiny_run full = prefill(it, 0, (ifkv_prefill_options){.method = "full", .max_new = 5});
-    const int64_t n_clear = check_answer(it, "full", &full);
-    for (int i = 0; i < n; i++)
-        for (int m = 0; m < N_RIVAL; m++) {
-            tiny_run run =
-                prefill(it, n_rank[i], (ifkv_prefill_options){.method = rivals[m], .max_new = 5});
-            assert_int_equal(run.n_selected, 0);
-            assert_int_equal(run.n_answer, full.n_answer);
-            assert_equals_full(&run, &full, full.n_context);
-            assert_memory_equal(run.answer, full.answer, (size_t)n_clear * sizeof *full.answer);
-            tiny_run_fini(&run);
-        }
-    tiny_run_fini(&full);
-}
-
-static const int exact_sizes[] = {1, 2, 3, 4, 5, 8};
-enum { N_EXACT_SIZE = sizeof exact_sizes / sizeof *exact_sizes };
-
-static void i15_exact_methods_equal_full_prefill(void **state) {
-    (void)state;
-    for (int c = 0; c < N_CASE; c++) assert_exact(&cases[c], exact_sizes, N_EXACT_SIZE);
-}
-
-/* One token, fewer rows than ranks, fewer than slices; with and without a prefix. */
-static void i15_exact_methods_take_empty_shards(void **state) {
-    (void)state;
-    pipeline_case few[] = {
-        make_case(0, 0, 1, (int64_t[]){1}, 1, 0),
-        make_case(2, 2, 1, (int64_t[]){1}, 3, 0),
-        make_case(1, 0, 2, (int64_t[]){4, 1}, 2, 1),
-        make_case(3, 1, 3, (int64_t[]){2, 5, 1}, 1, 2),
-    };
-    for (size_t i = 0; i < sizeof few / sizeof *few; i++) {
-        assert_exact(&few[i], exact_sizes, N_EXACT_SIZE);
-        free_case(&few[i]);
-    }
-}
-
-static void i15_exact_methods_equal_full_prefill_in_tiles_and_tail_blocks(void **state) {
-    (void)state;
-    assert_exact(&large, exact_sizes + 1, 2);
-}
-
-/* Sessions that were opened on the ranks of a run: what encode received is what the plan says,
- * which with equal slices is (P - 1) / P of the context's K/V in every layer but the last. */
-static ifkv_status received_the_plan(ifkv_session *session) {
-    const ifkv_config *config = &session->engine->model.config;
-    ifkv_comm *comm = session->engine->comm;
-    const int64_t row = 8 * (int64_t)config->n_kv_head * config->d_head, n = session->n_context,
-                  n_layer = config->n_layer, size = comm->size;
-    bool ok = session->bytes[IFKV_STAGE_ENCODE] == (n_layer - 1) * (n - session->n_kept) * row;
-    ok = ok && session->n_kept >= n / size && session->n_kept <= (n + size - 1) / size;
-    ok = ok && session->bytes[IFKV_STAGE_SCORE] == 0 && session->bytes[IFKV_STAGE_SELECT] == 0 &&
-         session->bytes[IFKV_STAGE_RECOMPUTE] == 0;
-    return agree_true(comm, ok);
-}
-
-static void i25_exact_methods_receive_the_bytes_of_the_plan(void **state) {
-    (void)state;
-    for (int c = 0; c < N_CASE; c++)
-        for (int s = 0; s < N_EXACT_SIZE; s++)
-            for (int m = 0; m < N_RIVAL; m++) {
-                tiny_run run = run_of(&cases[c], (ifkv_prefill_options){.method = rivals[m]});
-                run.after = received_the_plan;
-                assert_ok(tiny_run_on(exact_sizes[s], &run));
-                tiny_run_fini(&run);
-            }
-}
-
-/* Description of a shard as --save-kv writes it: rows ascend and cover the context, chunks are the
- * request's. */
-static ifkv_status describes_its_rows(ifkv_session *session) {
-    ifkv_comm *comm = session->engine->comm;
-    ifkv_kv_rows rows = {.size = sizeof rows};
-    IFKV_TRY(ifkv_session_kv_rows(session, &rows));
-    const ifkv_request *request = &session->request;
-    int64_t sum[2] = {rows.n_row, 0};
-    bool ok = rows.n_chunk == request->n_chunk && rows.chunk_offsets[0] == 0;
-    for (int64_t i = 1; i <= request->n_chunk; i++)
-        ok = ok && rows.chunk_offsets[i] == request->n_prefix + request->chunk_offsets[i];
-    for (int64_t i = 0; i < rows.n_row; i++) {
-        const int64_t index = rows.index[i];
-        ok = ok && (i == 0 || index > rows.index[i - 1]) && rows.position[i] == index &&
-             rows.token[i] == session->token[index] && !rows.recomputed[i];
-        sum[1] += index;
-    }
-    IFKV_TRY(ifkv_comm_all_reduce_i64(comm, sum, 2, IFKV_REDUCE_SUM));
-    const int64_t n = session->n_context;
-    return agree_true(comm, ok && sum[0] == n && sum[1] == n * (n - 1) / 2);
-}
-
-static void exact_methods_describe_their_rows(void **state) {
-    (void)state;
-    for (int c = 0; c < N_CASE; c++)
-        for (int s = 0; s < N_EXACT_SIZE; s++)
-            for (int m = 0; m < N_RIVAL; m++) {
-                tiny_run run = run_of(&cases[c], (ifkv_prefill_options){.method = rivals[m]});
-                run.after = describes_its_rows;
-                assert_ok(tiny_run_on(exact_sizes[s], &run));
-                tiny_run_fini(&run);
-            }
-}
-
-static void exact_methods_select_nothing_and_take_no_selection(void **state) {
-    (void)state;
-    static const int64_t row[] = {30};
-    for (int m = 0; m < N_RIVAL; m++) {
-        tiny_run run =
-            run_of(&cases[0],
-                   (ifkv_prefill_options){.method = rivals[m], .selected = row, .n_selected = 1});
-        assert_fails(tiny_run_on(2, &run), IFKV_ERR_USAGE, IFKV_E_VALUE, "n_selected");
-        run.options = (ifkv_prefill_options){.exchange = rivals[m]};
-        assert_fails(tiny_run_on(2, &run), IFKV_ERR_USAGE, IFKV_E_VALUE, "exchange");
-    }
-}
-
 /* `kv` and `local` approximate on more ranks, but only rows of S may differ, and all stay finite.
  */
-static void assert_selected_differ_only(const pipeline_case *it, const tiny_run *got,
+static void assert_selected_differ_only(const tiny_case *it, const tiny_run *got,
                                         const tiny_run *none) {
     for (int64_t row = 0, i = 0; row < none->n_context; row++) {
         if (i < got->n_selected && got->selected[i] == row) {
@@ -761,11 +514,12 @@ static void i14_inexact_exchanges_change_selected_rows_only(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++)
         for (int s = 1; s < N_SIZE; s++) {
-            tiny_run none = prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "none"});
+            tiny_run none =
+                tiny_prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "none"});
             for (int e = 0; e < 2; e++) {
                 tiny_run run =
-                    prefill(&cases[c], sizes[s],
-                            (ifkv_prefill_options){.ratio = "0.2", .exchange = inexact[e]});
+                    tiny_prefill(&cases[c], sizes[s],
+                                 (ifkv_prefill_options){.ratio = "0.2", .exchange = inexact[e]});
                 assert_selected_differ_only(&cases[c], &run, &none);
                 tiny_run_fini(&run);
             }
@@ -774,7 +528,7 @@ static void i14_inexact_exchanges_change_selected_rows_only(void **state) {
 }
 
 /* End of the leading chunks that are on the rank of chunk 0. */
-static int64_t end_of_first_shard(const pipeline_case *it, int size) {
+static int64_t end_of_first_shard(const tiny_case *it, int size) {
     ifkv_placement placement;
     const ifkv_request *request = &it->request.request;
     assert_ok(ifkv_placement_init(&placement, IFKV_PLACE_CONTIGUOUS, size, request->n_prefix,
@@ -793,10 +547,10 @@ static void i14_inexact_exchanges_are_exact_up_to_the_second_shard(void **state)
         tiny_run full = full_prefill(&cases[c]);
         for (int s = 1; s < N_SIZE; s++)
             for (int e = 0; e < 2; e++) {
-                tiny_run run = prefill(&cases[c], sizes[s],
-                                       (ifkv_prefill_options){.method = "all",
-                                                              .exchange = inexact[e],
-                                                              .placement = "contiguous"});
+                tiny_run run = tiny_prefill(&cases[c], sizes[s],
+                                            (ifkv_prefill_options){.method = "all",
+                                                                   .exchange = inexact[e],
+                                                                   .placement = "contiguous"});
                 assert_equals_full(&run, &full, end_of_first_shard(&cases[c], sizes[s]));
                 tiny_run_fini(&run);
             }
@@ -821,7 +575,7 @@ static void auto_takes_delta_if_all_kv_fit_and_query_if_not(void **state) {
     (void)state;
     const ifkv_prefill_options options = {.ratio = "0.2", .exchange = "auto"};
     for (int s = 0; s < N_SIZE; s++) {
-        tiny_run fits = run_of(&cases[0], options), does_not = fits;
+        tiny_run fits = tiny_run_of(&cases[0], options), does_not = fits;
         fits.after = runs_delta;
         does_not.after = runs_query;
         does_not.before = little_memory;
@@ -847,7 +601,7 @@ static void ranks_of_one_process_share_their_weights(void **state) {
     (void)state;
     for (int s = 0; s < N_SIZE; s++) {
         assert_true(sizes[s] <= 16);
-        tiny_run run = run_of(&cases[0], (ifkv_prefill_options){.method = "none"});
+        tiny_run run = tiny_run_of(&cases[0], (ifkv_prefill_options){.method = "none"});
         run.before = reads_the_weights_of_rank_0;
         assert_ok(tiny_run_on(sizes[s], &run));
         tiny_run_fini(&run);
@@ -861,10 +615,10 @@ static void i16_placement_changes_no_result(void **state) {
         for (int s = 1; s < N_SIZE; s++) {
             ifkv_prefill_options options = {.ratio = "0.35"};
             options.placement = "zigzag";
-            tiny_run zigzag = prefill(&cases[c], sizes[s], options);
+            tiny_run zigzag = tiny_prefill(&cases[c], sizes[s], options);
             for (int p = 0; p < 3; p++) {
                 options.placement = placements[p];
-                tiny_run run = prefill(&cases[c], sizes[s], options);
+                tiny_run run = tiny_prefill(&cases[c], sizes[s], options);
                 assert_equals_full(&run, &zigzag, zigzag.n_context);
                 tiny_run_fini(&run);
             }
@@ -872,7 +626,7 @@ static void i16_placement_changes_no_result(void **state) {
         }
 }
 
-static int n_score_layers(const pipeline_case *it) {
+static int n_score_layers(const tiny_case *it) {
     const int n = it->shape->n_layer; /* wide */
     return (5 * n / 6 - n / 3) / 3 + 1;
 }
@@ -887,7 +641,8 @@ static void i18_score_forms_bound_each_other(void **state) {
         const double n_layer = n_score_layers(&cases[c]), n_head = cases[c].shape->n_head;
         tiny_run run[4];
         for (int f = 0; f < 4; f++)
-            run[f] = prefill(&cases[c], 3, (ifkv_prefill_options){.ratio = "0", .score = forms[f]});
+            run[f] =
+                tiny_prefill(&cases[c], 3, (ifkv_prefill_options){.ratio = "0", .score = forms[f]});
         double mass_sum = 0;
         const double slack = 1 + 1e-6; /* four float32 roundings and n_row float64 ones */
         for (int64_t i = 0; i < run[0].n_context; i++) {
@@ -910,9 +665,10 @@ static void i21_epic_with_heads_as_long_as_chunks_is_all(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++)
         for (int s = 0; s < N_SIZE; s += 2) {
-            tiny_run all = prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "all"});
-            tiny_run epic = prefill(&cases[c], sizes[s],
-                                    (ifkv_prefill_options){.method = "epic", .epic_k = 64});
+            tiny_run all =
+                tiny_prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "all"});
+            tiny_run epic = tiny_prefill(&cases[c], sizes[s],
+                                         (ifkv_prefill_options){.method = "epic", .epic_k = 64});
             assert_true(same_bits(&epic, &all));
             tiny_run_fini(&epic);
             tiny_run_fini(&all);
@@ -927,7 +683,7 @@ static void i22_same_inputs_give_the_same_bits(void **state) {
             for (size_t m = 0; m < sizeof methods / sizeof *methods; m++) {
                 const ifkv_prefill_options options = {
                     .method = methods[m], .ratio = "0.3", .max_new = 4};
-                tiny_run first = run_of(&cases[c], options), second = first;
+                tiny_run first = tiny_run_of(&cases[c], options), second = first;
                 first.n_thread = second.n_thread = 2;
                 assert_ok(tiny_run_on(sizes[s], &first));
                 assert_ok(tiny_run_on(sizes[s], &second));
@@ -950,7 +706,7 @@ typedef struct odd_rank {
 } odd_rank;
 
 typedef struct odd_run {
-    const pipeline_case *it;
+    const tiny_case *it;
     const odd_rank *odd;
     ifkv_prefill_options options; /* of the other ranks */
     int rank;                     /* the odd one */
@@ -1009,8 +765,8 @@ static ifkv_status run_odd(ifkv_comm *comm, void *arg) {
     return status;
 }
 
-static void assert_all_stop(const pipeline_case *it, const odd_rank *odd,
-                            ifkv_prefill_options others, int size, int rank) {
+static void assert_all_stop(const tiny_case *it, const odd_rank *odd, ifkv_prefill_options others,
+                            int size, int rank) {
     odd_run run = {.it = it, .odd = odd, .options = others, .rank = rank};
     assert_ok(ifkv_comm_thread_run(size, run_odd, &run));
     for (int r = 0; r < size; r++)
@@ -1172,8 +928,8 @@ static void i24_scoring_counts_each_key_once(void **state) {
                                sqrt(n_head * squares)};
         for (int s = 0; s < N_SIZE; s++) {
             const int form = s % 4;
-            tiny_run run =
-                run_of(&cases[c], (ifkv_prefill_options){.ratio = "0.2", .score = forms[form]});
+            tiny_run run = tiny_run_of(
+                &cases[c], (ifkv_prefill_options){.ratio = "0.2", .score = forms[form]});
             run.before = clear_queries;
             assert_ok(tiny_run_on(sizes[s], &run));
             /* all are equal: the lowest indices win */
@@ -1265,7 +1021,7 @@ static void i25_counted_bytes_equal_section_3(void **state) {
     for (int c = 0; c < N_CASE - 1; c++) /* the last one selects nothing */
         for (int s = 0; s < N_SIZE; s++)
             for (int e = 0; e < 4; e++) {
-                tiny_run run = run_of(
+                tiny_run run = tiny_run_of(
                     &cases[c],
                     (ifkv_prefill_options){.ratio = "0.4", .exchange = names[e], .ride = "none"});
                 run.after = counts_as_planned;
@@ -1284,7 +1040,7 @@ static void i25_empty_selection_moves_nothing(void **state) {
     static const char *const names[] = {"query", "delta", "kv", "local"};
     for (int c = 0; c < N_CASE; c++)
         for (int e = 0; e < 4; e++) {
-            tiny_run run = run_of(
+            tiny_run run = tiny_run_of(
                 &cases[c],
                 (ifkv_prefill_options){.ratio = "0", .exchange = names[e], .ride = "prompt"});
             run.after = received_nothing;
@@ -1318,9 +1074,6 @@ int main(void) {
         cmocka_unit_test(i14_inexact_exchanges_change_selected_rows_only),
         cmocka_unit_test(i14_inexact_exchanges_are_exact_up_to_the_second_shard),
         cmocka_unit_test(auto_takes_delta_if_all_kv_fit_and_query_if_not),
-        cmocka_unit_test(i15_exact_methods_equal_full_prefill),
-        cmocka_unit_test(i15_exact_methods_take_empty_shards),
-        cmocka_unit_test(i15_exact_methods_equal_full_prefill_in_tiles_and_tail_blocks),
         cmocka_unit_test(ranks_of_one_process_share_their_weights),
         cmocka_unit_test(i16_placement_changes_no_result),
         cmocka_unit_test(i18_score_forms_bound_each_other),
@@ -1331,9 +1084,6 @@ int main(void) {
         cmocka_unit_test(i24_scoring_counts_each_key_once),
         cmocka_unit_test(i25_counted_bytes_equal_section_3),
         cmocka_unit_test(i25_empty_selection_moves_nothing),
-        cmocka_unit_test(i25_exact_methods_receive_the_bytes_of_the_plan),
-        cmocka_unit_test(exact_methods_describe_their_rows),
-        cmocka_unit_test(exact_methods_select_nothing_and_take_no_selection),
     };
     return cmocka_run_group_tests_name("invariants", tests, make_cases, free_cases);
 }

@@ -1,7 +1,7 @@
 /* Rows that follow the recomputed ones: the invariants of the pipeline that refit must keep
  * (algorithm section 8: I2, I3, I4, I10, I11, I12).
  *
- * The operation is test_backend's business, that a whole prefill with refit equals float64
+ * The operation is test_backend_refit's business, that a whole prefill with refit equals float64
  * test_selectors.py's, and a device's test_device's. */
 #include "tiny.h"
 

@@ -2,7 +2,6 @@
  * changes no bit, whatever it gives.  Ranks are threads and share the store. */
 #include "tiny.h"
 
-#include "engine.h"
 #include "memory_store.h"
 #include "model_files.h"
 #include "status.h"
@@ -115,21 +114,7 @@ static void i26_a_document_is_found_at_any_position(void **state) {
     memory_store_empty(&memory);
     tiny_run cold = prefill(1, store, "none", 7);
     /* the same documents, last first: only the order differs */
-    tiny_request turned = {0};
-    turned.offset = malloc((N_CHUNK + 1) * sizeof *turned.offset);
-    turned.token = malloc((size_t)request.n_context * sizeof *turned.token);
-    assert_true(turned.offset && turned.token);
-    turned.offset[0] = 0;
-    for (int i = 0; i < N_CHUNK; i++) {
-        const int from = N_CHUNK - 1 - i;
-        const int64_t n = request.offset[from + 1] - request.offset[from];
-        memcpy(turned.token + turned.offset[i], request.request.chunk_tokens + request.offset[from],
-               (size_t)n * sizeof(int32_t));
-        turned.offset[i + 1] = turned.offset[i] + n;
-    }
-    turned.request = request.request;
-    turned.request.chunk_tokens = turned.token;
-    turned.request.chunk_offsets = turned.offset;
+    tiny_request turned = tiny_request_permute(&request, (int64_t[N_CHUNK]){4, 3, 2, 1, 0});
     tiny_run run[2];
     for (int warm = 0; warm < 2; warm++) {
         if (warm == 0) memory_store_empty(&memory);
@@ -226,14 +211,6 @@ static void i20_reorder_with_a_store_is_the_same_bits(void **state) {
     }
 }
 
-/* Products are all that takes time: recompute adds to those of encode, unless there are none. */
-static ifkv_status slow_products(ifkv_engine *engine) {
-    engine->rates = (ifkv_rates){
-        .size = sizeof engine->rates, .matmul = 1e6, .attention = 1e15, .memory = 1e12};
-    engine->has_rates = true;
-    return IFKV_OK;
-}
-
 static void auto_counts_what_the_store_holds(void **state) {
     (void)state;
     for (int s = 0; s < N_SIZE; s++) {
@@ -243,7 +220,7 @@ static void auto_counts_what_the_store_holds(void **state) {
                             .weight_seed = 7,
                             .request = &request.request,
                             .options = {.method = "auto", .ratio = "0.1", .store = store},
-                            .before = slow_products};
+                            .before = tiny_slow_products};
             assert_ok(tiny_run_on(sizes[s], &run));
             assert_int_equal(run.n_selected > 0, warm); /* an exact method selects nothing */
             tiny_run_fini(&run);

@@ -189,14 +189,8 @@ static void i26_entries_that_went_are_encoded_again(void **state) {
 
 static void i26_a_document_is_found_at_any_position(void **state) {
     (void)state;
-    tiny_request turned = copy_of(&request); /* the same documents, last first */
-    int32_t *to = turned.token + N_PREFIX;
-    for (int i = N_CHUNK; i-- > 0;) {
-        memcpy(to, request.request.chunk_tokens + request.offset[i],
-               (size_t)lengths[i] * sizeof *to);
-        to += lengths[i];
-        turned.offset[N_CHUNK - i] = turned.offset[N_CHUNK - 1 - i] + lengths[i];
-    }
+    /* the same documents, last first */
+    tiny_request turned = tiny_request_permute(&request, (int64_t[N_CHUNK]){4, 3, 2, 1, 0});
     for (int s = 0; s < N_SIZE; s++) {
         tiny_run want = oracle(sizes[s], &request, "infoflow");
         tiny_run run[] = {asking(&turned, "infoflow", roomy()),
@@ -304,21 +298,13 @@ static void i20_reorder_with_a_pool_is_the_same_bits(void **state) {
     }
 }
 
-/* Products are all that takes time: recompute adds to those of encode, unless there are none. */
-static ifkv_status slow_products(ifkv_engine *engine) {
-    engine->rates = (ifkv_rates){
-        .size = sizeof engine->rates, .matmul = 1e6, .attention = 1e15, .memory = 1e12};
-    engine->has_rates = true;
-    return IFKV_OK;
-}
-
 static void auto_counts_what_the_pool_holds(void **state) {
     (void)state;
     for (int s = 0; s < N_SIZE; s++) {
         tiny_run run[] = {asking(&request, "auto", roomy()), asking(&request, "none", roomy()),
                           asking(&request, "auto", roomy())};
         for (int i = 0; i < 3; i++) run[i].options.ratio = "0.1";
-        for (int i = 0; i < 3; i++) run[i].before = slow_products;
+        for (int i = 0; i < 3; i++) run[i].before = tiny_slow_products;
         assert_ok(tiny_runs_on(sizes[s], run, 3));
         assert_int_equal(run[0].n_selected, 0); /* an exact method selects nothing */
         assert_true(run[2].n_selected > 0);

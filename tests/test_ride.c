@@ -26,38 +26,24 @@ enum {
     CONTROL_BYTES = 64 * MAX_SIZE /* of a stage: statuses and the first token */
 };
 
-typedef struct ride_case {
-    char *model;
-    const tiny_shape *shape;
-    uint64_t weight_seed;
-    tiny_request request;
-} ride_case;
-
 static uint64_t seed;
-static ride_case cases[N_CASE];
+static tiny_case cases[N_CASE];
 static ifkv_backend_ops joining; /* the CPU's table, but riders join */
-
-static ride_case make_case(const char *dir, int shape, int64_t n_prefix, int64_t n_chunk,
-                           const int64_t *length, int64_t n_prompt, int64_t n_question) {
-    ride_case made = {.shape = &tiny_shapes[shape]};
-    made.model = tiny_model(dir, made.shape, -1);
-    made.weight_seed = (uint64_t)tiny_below(&seed, 1 << 30);
-    made.request = tiny_request_make(&seed, made.shape->n_vocab, n_prefix, n_chunk, length,
-                                     n_prompt, n_question);
-    return made;
-}
 
 static int set_up(void **state) {
     if (dir_setup(state)) return -1;
     const char *dir = *state;
     int64_t random_length[9];
     for (int i = 0; i < 9; i++) random_length[i] = 1 + tiny_below(&seed, 30);
-    cases[0] = make_case(dir, 0, 3, 7, (int64_t[]){17, 1, 40, 5, 33, 64, 9}, 7, 4);
-    cases[1] = make_case(dir, 1, 0, 3, (int64_t[]){20, 1, 31}, 1, 3);
-    cases[2] = make_case(dir, 3, 0, 2, (int64_t[]){1, 2}, 3, 1);
-    cases[3] = make_case(dir, 3, 1, 1, (int64_t[]){37}, 4, 2); /* nothing can be selected */
-    cases[4] = make_case(dir, 2, 2, 9, random_length, 5, 0);
-    cases[5] = make_case(dir, 0, 1, 4, (int64_t[]){90, 57, 20, 56}, 290, 9);
+    cases[0] = tiny_case_make(dir, &seed, &tiny_shapes[0], 3, 7,
+                              (int64_t[]){17, 1, 40, 5, 33, 64, 9}, 7, 4);
+    cases[1] = tiny_case_make(dir, &seed, &tiny_shapes[1], 0, 3, (int64_t[]){20, 1, 31}, 1, 3);
+    cases[2] = tiny_case_make(dir, &seed, &tiny_shapes[3], 0, 2, (int64_t[]){1, 2}, 3, 1);
+    /* nothing can be selected */
+    cases[3] = tiny_case_make(dir, &seed, &tiny_shapes[3], 1, 1, (int64_t[]){37}, 4, 2);
+    cases[4] = tiny_case_make(dir, &seed, &tiny_shapes[2], 2, 9, random_length, 5, 0);
+    cases[5] =
+        tiny_case_make(dir, &seed, &tiny_shapes[0], 1, 4, (int64_t[]){90, 57, 20, 56}, 290, 9);
     ifkv_backend *backend = NULL;
     if (ifkv_backend_open("cpu", 1, 0, &backend) != IFKV_OK) return -1;
     joining = *backend->ops;
@@ -67,10 +53,7 @@ static int set_up(void **state) {
 }
 
 static int tear_down(void **state) {
-    for (int i = 0; i < N_CASE; i++) {
-        free(cases[i].model);
-        tiny_request_fini(&cases[i].request);
-    }
+    for (int i = 0; i < N_CASE; i++) tiny_case_fini(&cases[i]);
     return dir_teardown(state);
 }
 
@@ -105,28 +88,17 @@ static ifkv_status look(ifkv_session *session) {
     return IFKV_OK;
 }
 
-static tiny_run run_of(const ride_case *it, ifkv_prefill_options options) {
+static tiny_run run_of(const tiny_case *it, ifkv_prefill_options options) {
     options.max_new = 3;
-    return (tiny_run){.model = it->model,
-                      .weight_seed = it->weight_seed,
-                      .request = &it->request.request,
-                      .options = options,
-                      .after = look};
-}
-
-static tiny_run prefill(const ride_case *it, int size, ifkv_prefill_options options) {
-    tiny_run run = run_of(it, options);
-    assert_ok(tiny_run_on(size, &run));
+    tiny_run run = tiny_run_of(it, options);
+    run.after = look;
     return run;
 }
 
-static void assert_same_bits(const tiny_run *got, const tiny_run *want) {
-    assert_true(tiny_same_rows(got, want));
-    assert_memory_equal(got->logits, want->logits, (size_t)want->n_vocab * sizeof *want->logits);
-    assert_int_equal(got->n_answer, want->n_answer);
-    assert_memory_equal(got->answer, want->answer, (size_t)want->n_answer * sizeof *want->answer);
-    assert_int_equal(got->selected_digest, want->selected_digest);
-    assert_memory_equal(got->scores, want->scores, (size_t)want->n_context * sizeof *want->scores);
+static tiny_run prefill(const tiny_case *it, int size, ifkv_prefill_options options) {
+    tiny_run run = run_of(it, options);
+    assert_ok(tiny_run_on(size, &run));
+    return run;
 }
 
 static bool has_prompt_riding(const tiny_run *run) {
@@ -151,7 +123,7 @@ static void i17_riding_changes_no_bit(void **state) {
                     assert_int_equal(seen[0].rides[IFKV_STAGE_SCORE], r != 2);
                     assert_int_equal(seen[0].rides[IFKV_STAGE_PROMPT],
                                      r != 1 && has_prompt_riding(&apart));
-                    assert_same_bits(&run, &apart);
+                    tiny_assert_same(&run, &apart, true);
                     tiny_run_fini(&run);
                 }
                 tiny_run_fini(&apart);
@@ -208,7 +180,7 @@ static ifkv_status look_for_joined(ifkv_session *session) {
     return agree_true(session->engine->comm, is_score_joined && is_prompt_joined);
 }
 
-static tiny_run prefill_joined(const ride_case *it, int size, ifkv_prefill_options options) {
+static tiny_run prefill_joined(const tiny_case *it, int size, ifkv_prefill_options options) {
     tiny_run run = run_of(it, options);
     run.before = join_riders;
     run.after = look_for_joined;
@@ -238,11 +210,8 @@ static void i17_prompt_rows_that_join_products_give_the_same_logits(void **state
     (void)state;
     for (int c = 0; c < N_CASE; c++)
         for (int s = 0; s < N_SIZE; s++) {
-            const ride_case *it = &cases[c];
-            int64_t *selected = malloc((size_t)it->request.n_context * sizeof *selected), n = 0;
-            assert_non_null(selected);
-            for (int64_t i = tiny_request_end(&it->request, 0); i < it->request.n_context; i++)
-                if (tiny_below(&seed, 3) == 0) selected[n++] = i;
+            const tiny_case *it = &cases[c];
+            int64_t n = 0, *selected = tiny_case_rows(it, &seed, 3, &n);
             ifkv_prefill_options options = {.exchange = exchanges[(c + s) % N_EXCHANGE],
                                             .selected = selected,
                                             .n_selected = n,

@@ -14,56 +14,27 @@
 static const int sizes[] = {1, 2, 3, 5, 8};
 enum { N_SIZE = sizeof sizes / sizeof *sizes, N_CASE = 4 };
 
-typedef struct selector_case {
-    char *model;
-    uint64_t weight_seed;
-    tiny_request request;
-} selector_case;
-
 static uint64_t seed;
 static char *dir;
-static selector_case cases[N_CASE];
-
-static selector_case make_case(int shape, int64_t n_prefix, int64_t n_chunk, const int64_t *length,
-                               int64_t n_prompt, int64_t n_question) {
-    selector_case made = {.model = tiny_model(dir, &tiny_shapes[shape], -1)};
-    made.weight_seed = (uint64_t)tiny_below(&seed, 1 << 30);
-    made.request = tiny_request_make(&seed, tiny_shapes[shape].n_vocab, n_prefix, n_chunk, length,
-                                     n_prompt, n_question);
-    return made;
-}
+static tiny_case cases[N_CASE];
 
 static int make_cases(void **state) {
     if (dir_setup(state)) return -1;
     dir = *state;
     /* more rows than a tile of attention, a chunk of one token, fewer chunks than ranks, one chunk
      */
-    cases[0] = make_case(0, 3, 6, (int64_t[]){17, 1, 290, 5, 64, 9}, 7, 4);
-    cases[1] = make_case(1, 0, 3, (int64_t[]){20, 1, 31}, 1, 3);
-    cases[2] = make_case(2, 2, 5, (int64_t[]){8, 30, 2, 19, 40}, 5, 0);
-    cases[3] = make_case(3, 1, 1, (int64_t[]){37}, 4, 2);
+    cases[0] =
+        tiny_case_make(dir, &seed, &tiny_shapes[0], 3, 6, (int64_t[]){17, 1, 290, 5, 64, 9}, 7, 4);
+    cases[1] = tiny_case_make(dir, &seed, &tiny_shapes[1], 0, 3, (int64_t[]){20, 1, 31}, 1, 3);
+    cases[2] =
+        tiny_case_make(dir, &seed, &tiny_shapes[2], 2, 5, (int64_t[]){8, 30, 2, 19, 40}, 5, 0);
+    cases[3] = tiny_case_make(dir, &seed, &tiny_shapes[3], 1, 1, (int64_t[]){37}, 4, 2);
     return 0;
 }
 
 static int free_cases(void **state) {
-    for (int i = 0; i < N_CASE; i++) {
-        free(cases[i].model);
-        tiny_request_fini(&cases[i].request);
-    }
+    for (int i = 0; i < N_CASE; i++) tiny_case_fini(&cases[i]);
     return dir_teardown(state);
-}
-
-static tiny_run run_of(const selector_case *it, ifkv_prefill_options options) {
-    return (tiny_run){.model = it->model,
-                      .weight_seed = it->weight_seed,
-                      .request = &it->request.request,
-                      .options = options};
-}
-
-static tiny_run prefill(const selector_case *it, int size, ifkv_prefill_options options) {
-    tiny_run run = run_of(it, options);
-    assert_ok(tiny_run_on(size, &run));
-    return run;
 }
 
 static ifkv_prefill_options blend(const char *ratio) {
@@ -81,10 +52,10 @@ static void assert_same_selection(const tiny_run *got, const tiny_run *want) {
 static void cacheblend_layer_1_equals_full_prefill(void **state) {
     (void)state;
     for (int c = 0; c < 3; c++) {
-        tiny_run full = prefill(&cases[c], 1, (ifkv_prefill_options){.method = "full"});
+        tiny_run full = tiny_prefill(&cases[c], 1, (ifkv_prefill_options){.method = "full"});
         const int64_t n = full.n_context * full.n_col;
         for (int s = 0; s < N_SIZE; s++) {
-            tiny_run run = prefill(&cases[c], sizes[s], blend("0.2"));
+            tiny_run run = tiny_prefill(&cases[c], sizes[s], blend("0.2"));
             assert_true(run.n_selected > 0 && run.n_selected < run.n_context);
             for (int layer = 0; layer < 2; layer++) {
                 assert_within(tiny_error(run.k + layer * n, full.k + layer * n, n), TINY_TOLERANCE);
@@ -100,8 +71,8 @@ static void cacheblend_layer_1_equals_full_prefill(void **state) {
 static void cacheblend_leaves_other_rows_of_upper_layers(void **state) {
     (void)state;
     for (int c = 0; c < 3; c++) {
-        tiny_run none = prefill(&cases[c], 2, (ifkv_prefill_options){.method = "none"}),
-                 run = prefill(&cases[c], 2, blend("0.2"));
+        tiny_run none = tiny_prefill(&cases[c], 2, (ifkv_prefill_options){.method = "none"}),
+                 run = tiny_prefill(&cases[c], 2, blend("0.2"));
         for (int layer = 2; layer < none.n_layer; layer++)
             for (int64_t row = 0, i = 0; row < none.n_context; row++) {
                 const int64_t at = (layer * none.n_context + row) * none.n_col;
@@ -118,9 +89,9 @@ static void cacheblend_leaves_other_rows_of_upper_layers(void **state) {
 static void cacheblend_scores_are_deviations_of_v_at_layer_1(void **state) {
     (void)state;
     for (int c = 0; c < 3; c++) {
-        tiny_run none = prefill(&cases[c], 1, (ifkv_prefill_options){.method = "none"}),
-                 full = prefill(&cases[c], 1, (ifkv_prefill_options){.method = "full"}),
-                 run = prefill(&cases[c], 3, blend("0.2"));
+        tiny_run none = tiny_prefill(&cases[c], 1, (ifkv_prefill_options){.method = "none"}),
+                 full = tiny_prefill(&cases[c], 1, (ifkv_prefill_options){.method = "full"}),
+                 run = tiny_prefill(&cases[c], 3, blend("0.2"));
         const int64_t first = tiny_request_end(&cases[c].request, 0);
         for (int64_t row = 0; row < none.n_context; row++) {
             double deviation = 0, norm = 0;
@@ -147,15 +118,15 @@ static void i11_cacheblend_scores_ignore_ranks_and_placement(void **state) {
     static const char *const placements[] = {"zigzag", "contiguous", "longest"};
     for (int c = 0; c < N_CASE; c++) {
         ifkv_prefill_options options = blend("0.25");
-        tiny_run one = prefill(&cases[c], 0, options);
+        tiny_run one = tiny_prefill(&cases[c], 0, options);
         for (int s = 0; s < N_SIZE; s++) {
             options.placement = placements[s % 3];
-            tiny_run run = prefill(&cases[c], sizes[s], options);
+            tiny_run run = tiny_prefill(&cases[c], sizes[s], options);
             assert_same_selection(&run, &one);
             tiny_run_fini(&run);
         }
         options.placement = NULL;
-        tiny_run threads = run_of(&cases[c], options);
+        tiny_run threads = tiny_run_of(&cases[c], options);
         threads.n_thread = 3;
         assert_ok(tiny_run_on(2, &threads));
         assert_same_selection(&threads, &one);
@@ -167,9 +138,9 @@ static void i11_cacheblend_scores_ignore_ranks_and_placement(void **state) {
 static void i12_cacheblend_rows_and_logits_ignore_the_number_of_ranks(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++) {
-        tiny_run one = prefill(&cases[c], 0, blend("0.3"));
+        tiny_run one = tiny_prefill(&cases[c], 0, blend("0.3"));
         for (int s = 1; s < N_SIZE; s++) {
-            tiny_run run = prefill(&cases[c], sizes[s], blend("0.3"));
+            tiny_run run = tiny_prefill(&cases[c], sizes[s], blend("0.3"));
             assert_within(tiny_rows_error(&run, &one, 0, one.n_context), TINY_TOLERANCE);
             assert_within(tiny_error(run.logits, one.logits, one.n_vocab), TINY_TOLERANCE);
             tiny_run_fini(&run);
@@ -181,9 +152,9 @@ static void i12_cacheblend_rows_and_logits_ignore_the_number_of_ranks(void **sta
 static void i02_cacheblend_of_ratio_one_equals_full_prefill(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++) {
-        tiny_run full = prefill(&cases[c], 1, (ifkv_prefill_options){.method = "full"});
+        tiny_run full = tiny_prefill(&cases[c], 1, (ifkv_prefill_options){.method = "full"});
         for (int s = 0; s < N_SIZE; s += 2) {
-            tiny_run run = prefill(&cases[c], sizes[s], blend("1"));
+            tiny_run run = tiny_prefill(&cases[c], sizes[s], blend("1"));
             assert_within(tiny_rows_error(&run, &full, 0, full.n_context), TINY_TOLERANCE);
             assert_within(tiny_error(run.logits, full.logits, full.n_vocab), TINY_TOLERANCE);
             tiny_run_fini(&run);
@@ -197,8 +168,9 @@ static void i03_cacheblend_of_ratio_zero_leaves_the_cache_unchanged(void **state
     (void)state;
     for (int c = 0; c < N_CASE; c++)
         for (int s = 0; s < N_SIZE; s += 2) {
-            tiny_run none = prefill(&cases[c], sizes[s], (ifkv_prefill_options){.method = "none"}),
-                     zero = prefill(&cases[c], sizes[s], blend("0"));
+            tiny_run none = tiny_prefill(&cases[c], sizes[s],
+                                         (ifkv_prefill_options){.method = "none"}),
+                     zero = tiny_prefill(&cases[c], sizes[s], blend("0"));
             assert_non_null(zero.scores);
             assert_int_equal(zero.n_selected, 0);
             assert_true(tiny_same_rows(&zero, &none));
@@ -235,7 +207,7 @@ static void i21_cacheblend_at_layer_0_deviates_nowhere(void **state) {
     (void)state;
     for (int c = 0; c < 3; c++)
         for (int s = 0; s < N_SIZE; s += 2) {
-            tiny_run run = run_of(&cases[c], blend("0.2"));
+            tiny_run run = tiny_run_of(&cases[c], blend("0.2"));
             run.after = check_layer_0;
             assert_ok(tiny_run_on(sizes[s], &run));
             for (int64_t row = 0; row < run.n_context; row++) {
@@ -251,9 +223,9 @@ static void i21_cacheblend_at_layer_0_deviates_nowhere(void **state) {
 static void cacheblend_needs_two_layers(void **state) {
     (void)state;
     static const tiny_shape shape = {"one_layer", "llama", 1, 40, 2, 2, 64, 56, 97, true};
-    selector_case it = cases[0];
+    tiny_case it = cases[0];
     it.model = tiny_model(dir, &shape, -1);
-    tiny_run run = run_of(&it, blend("0.2"));
+    tiny_run run = tiny_run_of(&it, blend("0.2"));
     assert_fails(tiny_run_on(2, &run), IFKV_ERR_USAGE, IFKV_E_VALUE, "check layer 1");
     tiny_run_fini(&run);
     free(it.model);
@@ -269,7 +241,7 @@ static ifkv_status spoil_v(ifkv_engine *engine) {
 
 static void i23_a_deviation_that_is_no_number_stops_all(void **state) {
     (void)state;
-    tiny_run run = run_of(&cases[0], blend("0.2"));
+    tiny_run run = tiny_run_of(&cases[0], blend("0.2"));
     run.before = spoil_v;
     assert_fails(tiny_run_on(3, &run), IFKV_ERR_NUMERIC, IFKV_E_NOT_FINITE, "score of layer 1");
     tiny_run_fini(&run);
@@ -288,9 +260,9 @@ enum { GLOBAL, HL_TP, HL_HP, HL_HP_PER_CHUNK, TL_TP, N_GEOMETRY };
 static void i19_geometries_coincide_for_one_chunk(void **state) {
     (void)state;
     for (int size = 1; size <= 2; size++) {
-        tiny_run global = prefill(&cases[3], size, geometries[GLOBAL]);
+        tiny_run global = tiny_prefill(&cases[3], size, geometries[GLOBAL]);
         for (int g = HL_TP; g < N_GEOMETRY; g++) {
-            tiny_run run = prefill(&cases[3], size, geometries[g]);
+            tiny_run run = tiny_prefill(&cases[3], size, geometries[g]);
             assert_same_selection(&run, &global);
             tiny_run_fini(&run);
         }
@@ -302,8 +274,8 @@ static void i19_geometries_coincide_for_one_chunk(void **state) {
 static void i19_head_local_per_chunk_is_tail_local_without_a_prefix(void **state) {
     (void)state;
     for (int s = 0; s < N_SIZE; s++) {
-        tiny_run head = prefill(&cases[1], sizes[s], geometries[HL_HP_PER_CHUNK]),
-                 tail = prefill(&cases[1], sizes[s], geometries[TL_TP]);
+        tiny_run head = tiny_prefill(&cases[1], sizes[s], geometries[HL_HP_PER_CHUNK]),
+                 tail = tiny_prefill(&cases[1], sizes[s], geometries[TL_TP]);
         assert_within(tiny_error(head.scores, tail.scores, head.n_context), TINY_TOLERANCE);
         tiny_run_fini(&head);
         tiny_run_fini(&tail);
@@ -314,7 +286,7 @@ static void geometries_differ_for_more_chunks(void **state) {
     (void)state;
     for (int c = 0; c < 3; c += 2) { /* with a prefix */
         tiny_run run[N_GEOMETRY];
-        for (int g = 0; g < N_GEOMETRY; g++) run[g] = prefill(&cases[c], 1, geometries[g]);
+        for (int g = 0; g < N_GEOMETRY; g++) run[g] = tiny_prefill(&cases[c], 1, geometries[g]);
         for (int a = 0; a < N_GEOMETRY; a++)
             for (int b = 0; b < a; b++)
                 assert_true(tiny_error(run[a].scores, run[b].scores, run[a].n_context) > 1e-4);
@@ -330,10 +302,10 @@ static void i11_geometry_scores_ignore_ranks_and_placement(void **state) {
     for (int c = 0; c < 3; c++)
         for (int g = HL_TP; g < N_GEOMETRY; g++) {
             ifkv_prefill_options options = geometries[g];
-            tiny_run one = prefill(&cases[c], 0, options);
+            tiny_run one = tiny_prefill(&cases[c], 0, options);
             for (int s = 0; s < N_SIZE; s++) {
                 options.placement = placements[(s + g) % 3];
-                tiny_run run = prefill(&cases[c], sizes[s], options);
+                tiny_run run = tiny_prefill(&cases[c], sizes[s], options);
                 for (int64_t i = 0; i < one.n_context; i++)
                     assert_within(fabs((double)run.scores[i] - (double)one.scores[i]),
                                   1e-6 * (double)one.scores[i]);
@@ -347,10 +319,10 @@ static void i11_geometry_scores_ignore_ranks_and_placement(void **state) {
 static void geometry_leaves_the_cache_alone(void **state) {
     (void)state;
     for (int g = HL_TP; g < N_GEOMETRY; g++) {
-        tiny_run run = prefill(&cases[0], 2, geometries[g]);
-        tiny_run given =
-            prefill(&cases[0], 2,
-                    (ifkv_prefill_options){.selected = run.selected, .n_selected = run.n_selected});
+        tiny_run run = tiny_prefill(&cases[0], 2, geometries[g]);
+        tiny_run given = tiny_prefill(
+            &cases[0], 2,
+            (ifkv_prefill_options){.selected = run.selected, .n_selected = run.n_selected});
         assert_true(tiny_same_rows(&run, &given));
         tiny_run_fini(&given);
         tiny_run_fini(&run);
@@ -365,8 +337,8 @@ static void local_scoring_on_one_rank_is_exact_to_the_bit(void **state) {
     (void)state;
     for (int c = 0; c < N_CASE; c++)
         for (int has_sink = 0; has_sink <= 1; has_sink++) {
-            tiny_run exact = prefill(&cases[c], 1, (ifkv_prefill_options){.ratio = "0.3"});
-            tiny_run run = prefill(&cases[c], 1, local(has_sink));
+            tiny_run exact = tiny_prefill(&cases[c], 1, (ifkv_prefill_options){.ratio = "0.3"});
+            tiny_run run = tiny_prefill(&cases[c], 1, local(has_sink));
             assert_same_selection(&run, &exact);
             tiny_run_fini(&run);
             tiny_run_fini(&exact);
@@ -377,9 +349,9 @@ static void local_scoring_on_one_rank_is_exact_to_the_bit(void **state) {
 static void local_scoring_depends_on_the_number_of_ranks_and_on_the_sink(void **state) {
     (void)state;
     for (int c = 0; c < 3; c += 2) { /* with a prefix */
-        tiny_run one = prefill(&cases[c], 1, local(false)),
-                 two = prefill(&cases[c], 2, local(false)),
-                 lent = prefill(&cases[c], 2, local(true));
+        tiny_run one = tiny_prefill(&cases[c], 1, local(false)),
+                 two = tiny_prefill(&cases[c], 2, local(false)),
+                 lent = tiny_prefill(&cases[c], 2, local(true));
         assert_true(tiny_error(two.scores, one.scores, one.n_context) > 1e-2);
         assert_true(tiny_error(lent.scores, two.scores, one.n_context) > 1e-3);
         tiny_run_fini(&one);
@@ -407,7 +379,7 @@ static void i25_local_scoring_moves_scores_and_lent_rows_only(void **state) {
     (void)state;
     for (int c = 0; c < 3; c++)
         for (int s = 0; s < 2 * N_SIZE; s++) {
-            tiny_run run = run_of(&cases[c], local(s % 2));
+            tiny_run run = tiny_run_of(&cases[c], local(s % 2));
             run.after = receives_scores_and_lent_rows;
             assert_ok(tiny_run_on(sizes[s / 2], &run));
             tiny_run_fini(&run);

@@ -114,6 +114,30 @@ tiny_request tiny_request_permute(const tiny_request *from, const int64_t *order
     return to;
 }
 
+tiny_case tiny_case_make(const char *dir, uint64_t *state, const tiny_shape *shape,
+                         int64_t n_prefix, int64_t n_chunk, const int64_t *chunk_length,
+                         int64_t n_prompt, int64_t n_question) {
+    tiny_case made = {.model = tiny_model(dir, shape, -1), .shape = shape};
+    made.weight_seed = (uint64_t)tiny_below(state, 1 << 30);
+    made.request = tiny_request_make(state, shape->n_vocab, n_prefix, n_chunk, chunk_length,
+                                     n_prompt, n_question);
+    return made;
+}
+
+void tiny_case_fini(tiny_case *it) {
+    free(it->model);
+    tiny_request_fini(&it->request);
+}
+
+int64_t *tiny_case_rows(const tiny_case *it, uint64_t *state, int64_t one_in, int64_t *n_p) {
+    int64_t *row = malloc((size_t)it->request.n_context * sizeof *row);
+    assert_non_null(row);
+    *n_p = 0;
+    for (int64_t i = tiny_request_end(&it->request, 0); i < it->request.n_context; i++)
+        if (tiny_below(state, one_in) == 0) row[(*n_p)++] = i;
+    return row;
+}
+
 static bool load_nothing(void *arg, const ifkv_store_entry *entry, ifkv_store_layer_fn take,
                          void *take_arg) {
     (void)arg, (void)entry, (void)take, (void)take_arg;
@@ -125,6 +149,14 @@ static void save_nothing(void *arg, const ifkv_store_entry *entry, ifkv_store_la
 }
 const ifkv_store tiny_empty_store = {
     .size = sizeof tiny_empty_store, .load = load_nothing, .save = save_nothing};
+
+ifkv_status tiny_slow_products(ifkv_engine *engine) {
+    engine->rates = (ifkv_rates){
+        .size = sizeof engine->rates, .matmul = 1e6, .attention = 1e15, .memory = 1e12};
+    engine->has_rates = true;
+    return IFKV_OK;
+}
+
 /* Bytes of all ones: NaN as a number, -1 as an index.  What is read before it is written shows. */
 static ifkv_status poison(ifkv_engine *engine, void *to, size_t bytes) {
     unsigned char *ones = malloc(bytes + 1);
@@ -263,6 +295,19 @@ ifkv_status tiny_runs_on(int size, tiny_run *run, int n) {
 
 ifkv_status tiny_run_on(int size, tiny_run *run) {
     return tiny_runs_on(size, run, 1);
+}
+
+tiny_run tiny_run_of(const tiny_case *it, ifkv_prefill_options options) {
+    return (tiny_run){.model = it->model,
+                      .weight_seed = it->weight_seed,
+                      .request = &it->request.request,
+                      .options = options};
+}
+
+tiny_run tiny_prefill(const tiny_case *it, int size, ifkv_prefill_options options) {
+    tiny_run run = tiny_run_of(it, options);
+    assert_ok(tiny_run_on(size, &run));
+    return run;
 }
 
 void tiny_run_fini(tiny_run *run) {

@@ -49,11 +49,30 @@ int64_t tiny_request_end(const tiny_request *request, int64_t chunk);
 /* The same with its chunks in another order: place i has chunk order[i].  Release it likewise. */
 tiny_request tiny_request_permute(const tiny_request *from, const int64_t *order);
 
+/* A model and a request to it. */
+typedef struct tiny_case {
+    char *model; /* owned, as the request is */
+    const tiny_shape *shape;
+    uint64_t weight_seed;
+    tiny_request request;
+} tiny_case;
+
+/* Make a model of this shape in dir and a request as tiny_request_make does. */
+tiny_case tiny_case_make(const char *dir, uint64_t *state, const tiny_shape *shape,
+                         int64_t n_prefix, int64_t n_chunk, const int64_t *chunk_length,
+                         int64_t n_prompt, int64_t n_question);
+void tiny_case_fini(tiny_case *it);
+/* About one in `one_in` of the rows that may be selected, ascending.  The caller frees them. */
+int64_t *tiny_case_rows(const tiny_case *it, uint64_t *state, int64_t one_in, int64_t *n_p);
+
 /* A store in which nothing is ever found. */
 extern const ifkv_store tiny_empty_store;
 
 typedef ifkv_status (*tiny_engine_fn)(ifkv_engine *engine);
 typedef ifkv_status (*tiny_session_fn)(ifkv_session *session);
+/* Rates under which products are all that takes time: recompute adds to those of encode, unless
+ * there are none. */
+ifkv_status tiny_slow_products(ifkv_engine *engine);
 
 typedef struct tiny_run {
     /* In. */
@@ -79,12 +98,16 @@ typedef struct tiny_run {
     int64_t n_hit, n_miss, n_row_hit, n_row_pooled; /* of store and pool */
 } tiny_run;
 
+/* A run of this case, to be changed and then run. */
+tiny_run tiny_run_of(const tiny_case *it, ifkv_prefill_options options);
 /* Prefill and decode on `size` ranks ("self" if 0).  Scores and selection must be the same bits on
  * every rank, or the run fails.  Release with tiny_run_fini. */
 ifkv_status tiny_run_on(int size, tiny_run *run);
 /* The same n times, one session after the other on one engine, which the first run describes.  What
  * was made before an error stays. */
 ifkv_status tiny_runs_on(int size, tiny_run *run, int n);
+/* The run of a case on `size` ranks, which must succeed. */
+tiny_run tiny_prefill(const tiny_case *it, int size, ifkv_prefill_options options);
 void tiny_run_fini(tiny_run *run);
 
 /* |got - want| / |want| in L2; NaN in either gives NaN. */
