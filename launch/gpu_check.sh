@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds ifkv on a machine with an NVIDIA GPU, checks the CUDA half on it and times it; one call, no network.
-#   launch/gpu_check.sh [--out DIR] [--model DIR] [--bundle FILE] [--built DIR] [--limit S] [--emulated] [PART...]
+#   launch/gpu_check.sh [--out DIR] [--model DIR] [--bundle FILE] [--built DIR] [--limit S] [--commit NAME] [--emulated] [PART...]
 # Parts, in this order unless named:
 #   build         from source, against the packages of launch/packages.txt, else against FILE of launch/bundle.sh
 #   attention     both kernels against float64, then against each other; a one-hot fetch comes before everything else
@@ -11,15 +11,16 @@
 #   sanitizer     compute-sanitizer: memcheck, racecheck, synccheck on tiny shapes
 #   time          products, attention, movement and whole prefills at the shapes of Qwen3-14B and Llama-3.1-8B, beside torch;
 #                 left out when a check before it failed
-# --out (default: $OUT, else out/gpu_check) gets gpu_check.json, gpu_check.log, bench.jsonl and bench.tar.gz; --built takes
-# a build as it is; --limit (530) is the time for all parts, in seconds.  The table comes last.  --emulated runs the same on the
-# host model of the device: nothing it says, least of all a time, is about a GPU.
+# --out (default: $OUT, else out/gpu_check) gets gpu_check.json, gpu_check.log, bench.jsonl and bench.tar.gz, each whole after
+# every step; --built takes a build as it is; --limit (530) is the time for all parts, in seconds; --commit says which one this
+# is, where git does not.  The table comes last.  --emulated runs the same on the host model of the device: nothing it says,
+# least of all a time, is about a GPU.
 # Exit: 0 what could run passed, 1 something failed, 2 usage, 69 no GPU or no compiler.  What cannot run is absent, with a
 # reason, and neither passes nor fails.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 all_parts='build attention instructions conformance pipeline nccl sanitizer time'
-out=${OUT:-$root/out/gpu_check} model='' bundle=$root/.cache/ifkv-bundle.tar.gz built='' limit_s=530 is_emulated=0 parts=''
+out=${OUT:-$root/out/gpu_check} model='' bundle=$root/.cache/ifkv-bundle.tar.gz built='' limit_s=530 commit='' is_emulated=0 parts=''
 
 refuse() { # EXIT TEXT
     printf 'gpu_check: error: %s\n' "$2" >&2
@@ -28,7 +29,7 @@ refuse() { # EXIT TEXT
 while [ $# -gt 0 ]; do
     case $1 in
         --emulated) is_emulated=1 ;;
-        --out | --model | --bundle | --built | --limit)
+        --out | --model | --bundle | --built | --limit | --commit)
             [ $# -gt 1 ] || refuse 2 "$1 needs a value"
             case $1 in
                 --out) out=$2 ;;
@@ -36,6 +37,7 @@ while [ $# -gt 0 ]; do
                 --bundle) bundle=$2 ;;
                 --built) built=$2 ;;
                 --limit) limit_s=$2 ;;
+                --commit) commit=$2 ;;
             esac
             shift
             ;;
@@ -83,7 +85,7 @@ else
     device=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv,noheader | head -n 1)
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
 fi
-commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
+commit=${commit:-$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)}
 
 # ---- rows of the table ----
 
@@ -93,6 +95,7 @@ row() { # PART STEP VERDICT SECONDS TEXT
         pass) n_passed=$((n_passed + 1)) ;;
     esac
     rows+=("$1"$'\t'"$2"$'\t'"$3"$'\t'"$4"$'\t'"${5//$'\t'/ }")
+    write_json
     printf 'gpu_check: %s: %s: %s (%s s) %s\n' "$1" "$2" "$3" "$4" "$5" >&2
 }
 absent() { row "$1" "$2" absent 0 "$3"; }
@@ -125,7 +128,7 @@ step() {
     timeout -k 5 "$limit" "$@" >"$last" 2>&1 </dev/null
     rc=$?
     seconds=$(awk -v a="$begin" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }')
-    tail -c 400000 "$last" >>"$log"
+    tail -c 200000 "$last" >>"$log" # of sixty steps: the machine may hand back no file of more than 16 MiB
     if [ $rc = 124 ] || [ $rc = 137 ]; then
         row "$part" "$name" fail "$seconds" "no end within $limit s"
     elif [ $rc != 0 ]; then
@@ -352,6 +355,8 @@ bench() {
     text=$(sum_up "$work/rows" 2>/dev/null) || text="$(wc -l <"$work/rows") rows"
     [ "$rc" = 0 ] || text="no end within its limit; $text"
     rows[-1]=${rows[-1]%$'\t'*}$'\t'$text
+    write_json
+    tar -C "$work" -czf "$out/bench.tar.gz" bench
 }
 # Of each label the fastest row, of whole prefills the longest, and the worst error of all; times of the host model are null.
 sum_up() {
@@ -409,28 +414,40 @@ part_time() {
     else
         absent time torch 'python3 has no torch'
     fi
-    tar -C "$work" -czf "$out/bench.tar.gz" bench
 }
 
 # ---- what is left behind ----
 
-json_text() { # as a JSON string
-    local text=${1//\\/\\\\}
-    text=${text//\"/\\\"}
-    printf '"%s"' "${text//[[:cntrl:]]/ }"
+json_text() { # VARIABLE TEXT: as a JSON string; no process for it, since the file is written after every row
+    local escaped=${2//\\/\\\\}
+    escaped=${escaped//\"/\\\"}
+    printf -v "$1" '"%s"' "${escaped//[[:cntrl:]]/ }"
+}
+json_about() {
+    local name version nvcc hash is_true=false
+    [ "$is_emulated" = 0 ] || is_true=true
+    json_text name "$device"
+    json_text version "$capability"
+    json_text nvcc "$(nvcc --version 2>/dev/null | tail -n 1)"
+    json_text hash "$commit"
+    printf '{"emulated": %s, "device": %s, "capability": %s, "gpus": %d, "commit": %s, "date": "%s", "cores": %d, "nvcc": %s' \
+        $is_true "$name" "$version" "$n_gpu" "$hash" "$(date -u +%FT%TZ)" "$(nproc)" "$nvcc"
 }
 write_json() {
     local entry part name verdict seconds text comma=''
-    printf '{"emulated": %s, "device": %s, "capability": %s, "gpus": %d, "commit": %s, "date": "%s", "cores": %d, "nvcc": %s, "rows": [' \
-        "$([ "$is_emulated" = 1 ] && echo true || echo false)" "$(json_text "$device")" "$(json_text "$capability")" "$n_gpu" \
-        "$(json_text "$commit")" "$(date -u +%FT%TZ)" "$(nproc)" "$(json_text "$(nvcc --version 2>/dev/null | tail -n 1)")"
-    for entry in "${rows[@]}"; do
-        IFS=$'\t' read -r part name verdict seconds text <<<"$entry"
-        printf '%s\n {"part": %s, "step": %s, "verdict": "%s", "seconds": %s, "text": %s}' "$comma" "$(json_text "$part")" \
-            "$(json_text "$name")" "$verdict" "$seconds" "$(json_text "$text")"
-        comma=,
-    done
-    printf '\n]}\n'
+    {
+        printf '%s, "rows": [' "$about"
+        for entry in "${rows[@]}"; do
+            IFS=$'\t' read -r part name verdict seconds text <<<"$entry"
+            json_text part "$part"
+            json_text name "$name"
+            json_text text "$text"
+            printf '%s\n {"part": %s, "step": %s, "verdict": "%s", "seconds": %s, "text": %s}' "$comma" "$part" "$name" "$verdict" \
+                "$seconds" "$text"
+            comma=,
+        done
+        printf '\n]}\n'
+    } >"$out/gpu_check.json.part" && mv "$out/gpu_check.json.part" "$out/gpu_check.json" # whole, whenever the end comes
 }
 table() {
     local entry part name verdict seconds text
@@ -442,7 +459,7 @@ table() {
     printf '%d passed, %d failed, %d absent, %d s; %s\n' $n_passed $n_failed $((${#rows[@]} - n_passed - n_failed)) $SECONDS "$out"
 }
 
-failed_check=0 is_built=1
+failed_check=0 about=$(json_about) is_built=1
 if [ -z "$built" ]; then
     build_all || is_built=0
     case " $parts " in *' build '*) ;; *) [ $is_built = 0 ] || rows=() n_passed=0 ;; esac
@@ -462,6 +479,6 @@ for part in $parts; do
     "part_$part"
     case $part in attention | instructions | conformance | pipeline) [ $n_failed = $before ] || failed_check=1 ;; esac
 done
-write_json >"$out/gpu_check.json"
+write_json
 table | tee -a "$log"
 [ $n_failed = 0 ] && [ $n_passed -gt 0 ]

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tarfile
 import tempfile
@@ -201,6 +202,29 @@ class Faked(Parts):
         found = self.run_faked(f"{self.rows(row)} echo error: 7 wrong; exit 1", "time", code=1)
         self.assertEqual(found["time", "products, Qwen3-14B"][0], "fail")
         self.assertEqual(self.timed_rows(), [])
+
+    def rows_at_the_kill(self, *parts):
+        """What the file says of the steps before one that touches `started` and hangs."""
+        started = os.path.join(self.built, "started")
+        with subprocess.Popen([SCRIPT, "--built", self.built, "--out", self.out, *parts], stderr=subprocess.DEVNULL, start_new_session=True,
+                              stdout=subprocess.DEVNULL, env={**os.environ, "PATH": self.built + ":" + os.environ["PATH"]}) as script:
+            while script.poll() is None and not os.path.exists(started):
+                time.sleep(0.05)
+            os.killpg(script.pid, signal.SIGKILL)
+        with open(os.path.join(self.out, "gpu_check.json")) as f:
+            return [(row["step"], row["text"]) for row in json.load(f)["rows"]]
+
+    def test_what_is_killed_leaves_the_steps_so_far(self):
+        self.write("test_backend", "echo '[  PASSED  ] 3 test(s).'")
+        self.write("test_attention", f"touch {self.built}/started; exec sleep 20")
+        self.assertEqual(self.rows_at_the_kill("conformance"), [("back end", "3 tests")])
+
+    def test_what_is_killed_leaves_the_times_so_far(self):
+        row = {"label": "qkv", "tokens": 512, "tflops": 300.2, "error": 3e-3, "wrong": 0}
+        self.write("ifkv", f"[ $2 = gemm ] || {{ touch {self.built}/started; exec sleep 20; }}\n{self.rows(row)}")
+        self.assertEqual(self.rows_at_the_kill("time"), [("products, Qwen3-14B", "qkv 512 300 TFLOP/s; error at most 3.0e-03; 0 wrong")])
+        self.assertEqual(self.timed_rows(), [row])
+        self.assertTrue(tarfile.is_tarfile(os.path.join(self.out, "bench.tar.gz")))
 
 
 if __name__ == "__main__":
