@@ -7,10 +7,10 @@
 #   instructions  every instruction check of the host model, on the device beside the model
 #   conformance   back end, products, whole prefills and communicators over device memory
 #   pipeline      prefills of one to four ranks against the CPU: two tiny models, and the model in DIR
-#   nccl          one rank; two and four ranks on one GPU over sockets; a rank for each GPU where there are several
-#   sanitizer     compute-sanitizer: memcheck, racecheck, synccheck on tiny shapes
 #   time          products, attention, movement and whole prefills at the shapes of Qwen3-14B and Llama-3.1-8B, beside torch;
 #                 left out when a check before it failed
+#   nccl          one rank; two and four ranks on one GPU over sockets; a rank for each GPU where there are several
+#   sanitizer     compute-sanitizer: memcheck, racecheck, synccheck on tiny shapes; slow, so it takes the time that is left
 # --out (default: $OUT, else out/gpu_check) gets gpu_check.json, gpu_check.log, bench.jsonl and bench.tar.gz, each whole after
 # every step; --built takes a build as it is; --limit (530) is the time for all parts, in seconds; --commit says which one this
 # is, where git does not.  The table comes last.  --emulated runs the same on the host model of the device: nothing it says,
@@ -19,7 +19,7 @@
 # reason, and neither passes nor fails.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-all_parts='build attention instructions conformance pipeline nccl sanitizer time'
+all_parts='build attention instructions conformance pipeline time nccl sanitizer'
 out=${OUT:-$root/out/gpu_check} model='' bundle=$root/.cache/ifkv-bundle.tar.gz built='' limit_s=530 commit='' is_emulated=0 parts=''
 
 refuse() { # EXIT TEXT
@@ -410,7 +410,7 @@ part_time() {
     if [ "$is_emulated" = 1 ]; then
         absent time torch 'needs a GPU'
     elif python3 -c 'import torch' 2>/dev/null; then
-        bench torch 60 python3 "$root/bench/sdpa_torch.py" --lengths $lengths --json
+        bench torch 90 python3 "$root/bench/sdpa_torch.py" --lengths $lengths --json
     else
         absent time torch 'python3 has no torch'
     fi
