@@ -262,16 +262,16 @@ part_conformance() {
     absent conformance 'failing calls' 'planned on the host model only (test_comm_nccl, test_device_faults)'
 }
 
-find_python() {
-    python=python3
-    has_h5py || python=$root/.cache/venv/bin/python
-    has_h5py || python=python3
+find_python() { # fails if none has both packages
+    for python in python3 "$root/.cache/venv/bin/python"; do
+        "$python" -c 'import h5py, numpy' 2>/dev/null && return
+    done
+    return 1
 }
-has_h5py() { "$python" -c 'import h5py, numpy' 2>/dev/null; }
 
 part_pipeline() {
     local name
-    if ! has_h5py; then
+    if ! find_python; then
         absent pipeline 'CUDA against CPU' 'python has no h5py or no numpy'
         return
     fi
@@ -307,7 +307,7 @@ part_nccl() {
     for ranks in 2 4; do
         step nccl "$ranks ranks on one GPU" 45 "$tests_ran" "$mpirun" -n $ranks sh -c "$own_host" "$build/test_comm_device$suffix" nccl_mpi || break
     done
-    if has_h5py; then
+    if find_python; then
         step nccl '2 ranks on one GPU, prefill' 60 '^bound' "$python" "$root/launch/gpu_compare.py" "$tool" llama \
             --nccl "$mpirun" -n 2 sh -c "$own_host"
     else
@@ -468,7 +468,6 @@ elif [[ " $parts " == *' build '* ]]; then
 fi
 [ $n_failed = 0 ] || is_built=0
 find_mpirun
-find_python
 for part in $parts; do
     [ "$part" != build ] || continue
     if [ $is_built = 0 ]; then
