@@ -203,6 +203,14 @@ class Faked(Parts):
         self.assertEqual(found["time", "products, Qwen3-14B"][0], "fail")
         self.assertEqual(self.timed_rows(), [])
 
+    def test_a_sanitizer_that_refuses_the_device_is_absent(self):
+        self.write("test_instructions_sm90", "exit 0")
+        self.write("compute-sanitizer", 'echo "========= Error: Device not supported. See the documentation"; exit 1')
+        self.assertEqual(self.run_faked("exit 1", "sanitizer", code=1),
+                         {("sanitizer", "all"): ("absent", "compute-sanitizer: Device not supported")})
+        self.write("compute-sanitizer", 'echo "========= Invalid __global__ write of size 4"; exit 9')
+        self.assertEqual(self.run_faked("exit 1", "sanitizer", code=1)["sanitizer", "memcheck, instructions"][0], "fail")
+
     def rows_at_the_kill(self, *parts):
         """What the file says of the steps before one that touches `started` and hangs."""
         started = os.path.join(self.built, "started")
