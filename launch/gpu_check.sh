@@ -110,8 +110,12 @@ figure() {
         END { text = claims ? claims : tests ? tests " tests" : line
               print substr(text (skipped ? ", " skipped " times something skipped" : ""), 1, 160) }' "$last"
 }
-reason() {
-    awk '/error|ERROR|rror:|did not|FAIL/ && !found { found = $0 } NF { line = $0 } END { print substr(found ? found : line, 1, 160) }' "$last"
+reason() { # CMake says where in one line, and what in the next; of a test the words come before its name, but ranks mix them
+    awk 'found ~ /^CMake Error.*:$/ && NF { found = found " " $0 }
+        !found && /rror:|ERROR: |CMake Error/ { found = $0 }
+        !test && /error|ERROR|did not|FAIL/ { test = $0 }
+        NF { line = $0 }
+        END { gsub(/  +/, " ", found); print substr(found ? found : test ? test : line, 1, 160) }' "$last"
 }
 
 # step PART NAME LIMIT_S PATTERN COMMAND...: passes if COMMAND ends in time, exits 0 and prints a line of PATTERN, without which
@@ -156,36 +160,53 @@ find_mpirun() {
     mpirun=${mpirun:-mpirun}
 }
 
-# Without the packages, those of the bundle; the toolkit's missing libraries from NVIDIA's Python packages, where they are.
-configure_options() {
+# Without the packages, those of the bundle.
+find_libraries() {
     local module
-    options=(-DCMAKE_BUILD_TYPE=Release -DIFKV_TESTS=ON)
     for module in openblas jansson libxxhash hdf5-serial cmocka; do
         pkg-config --exists $module 2>/dev/null && continue
-        [ -f "$bundle" ] || break
-        mkdir -p "$build" && tar -C "$build" -xzf "$bundle" && options+=(-C "$build/ifkv-bundle/ifkv.cmake")
-        break
+        if [ ! -f "$bundle" ]; then
+            row build packages fail 0 "$module is not here, and no $bundle, which launch/bundle.sh makes elsewhere"
+            return 1
+        fi
+        options+=(-C "$build/ifkv-bundle/ifkv.cmake")
+        [ "$build/ifkv-bundle.unpacked" -nt "$bundle" ] && return
+        rm -rf "$build/ifkv-bundle"
+        mkdir -p "$build"
+        step build bundle 60 'ifkv\.cmake$' tar -C "$build" -xzvf "$bundle" && touch "$build/ifkv-bundle.unpacked"
+        return
     done
-    command -v make >/dev/null || options+=(-G Ninja)
-    [ "$is_emulated" = 1 ] && options+=(-DIFKV_CUDA_EMU=ON -DIFKV_WITH_CUDA=OFF) && return
-    options+=(-DIFKV_WITH_CUDA=ON)
-    local toolkit header include library
-    toolkit=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
-    options+=("-DCMAKE_BUILD_RPATH=$toolkit/lib64;$toolkit/lib") # CMake takes them for folders the loader knows, and nobody may have told it
+}
+
+python_include() { # HEADER: the folder of NVIDIA's Python packages that has it, or nothing
+    python3 -c 'import glob, os, site, sys
+for path in site.getsitepackages():
+    for found in glob.glob(os.path.join(path, "nvidia", "*", "include", sys.argv[1])):
+        sys.exit(print(os.path.dirname(found)))' "$1" 2>/dev/null
+}
+# What the toolkit lacks, from NVIDIA's Python packages, where they are: links to these files alone, since beside them lie
+# others that the toolkit has too, of another version.
+find_toolkit() {
+    local toolkit=/usr/local/cuda header include library links=$build/python-cuda
+    if command -v nvcc >/dev/null; then
+        toolkit=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+        options+=("-DCMAKE_BUILD_RPATH=$toolkit/lib64;$toolkit/lib") # CMake takes them for folders the loader knows, and nobody may have told it
+    fi
+    [ ! -f "$toolkit/include/cuda_bf16.h" ] || options+=("-DIFKV_CUDA_INCLUDE_DIR=$toolkit/include") # of the host model
     for header in cublasLt nccl; do
-        [ -f "$toolkit/include/$header.h" ] || [ -f "/usr/include/$header.h" ] || [ -f "/usr/local/include/$header.h" ] && continue
-        include=$(python3 -c 'import site; print(*site.getsitepackages(), sep="\n")' 2>/dev/null |
-            while read -r site; do find "$site/nvidia" -name "$header.h" 2>/dev/null; done | head -n 1)
+        "${CC:-cc}" -E -I "$toolkit/include" -include $header.h -x c /dev/null >/dev/null 2>&1 && continue
+        include=$(python_include $header.h)
         [ -n "$include" ] || continue
-        library=$(find "$(dirname "$(dirname "$include")")/lib" -name "lib$header.so.*" | head -n 1)
-        mkdir -p "$build/python-cuda"
-        ln -sf "$library" "$build/python-cuda/"
-        ln -sf "$library" "$build/python-cuda/lib$header.so"
-        include=$(dirname "$include")
-        export CPATH="$include${CPATH:+:$CPATH}"
+        library=$(find "$(dirname "$include")/lib" -name "lib$header.so.*" 2>/dev/null | head -n 1)
+        [ -n "$library" ] || continue
+        mkdir -p "$links/include"
+        ln -sfn "$include/${header%Lt}"* "$links/include/"
+        ln -sf "$library" "$links/"
+        ln -sf "$library" "$links/lib$header.so"
+        export CPATH="$links/include${CPATH:+:$CPATH}"
         case $header in
-            cublasLt) options+=(-DCUDA_cublasLt_LIBRARY="$build/python-cuda/libcublasLt.so") ;;
-            nccl) options+=(-DNCCL_INCLUDE="$include" -DNCCL_LIBRARY="$build/python-cuda/libnccl.so") ;;
+            cublasLt) options+=("-DCUDA_cublasLt_LIBRARY=$links/libcublasLt.so") ;;
+            nccl) options+=("-DNCCL_INCLUDE=$links/include" "-DNCCL_LIBRARY=$links/libnccl.so" "-DIFKV_NCCL_INCLUDE_DIR=$links/include") ;;
         esac
     done
 }
@@ -195,9 +216,15 @@ build_all() {
         test_cuda_matmul_emu test_comm_device_emu'
     [ "$is_emulated" = 1 ] || targets='ifkv_cli test_backend test_attention test_attention_cuda test_device test_cuda_matmul
         test_comm_device test_instructions_sm80 test_instructions_sm90'
-    local options
-    configure_options
-    step build configure 240 'ifkv: MPI' cmake -S "$root" -B "$build" "${options[@]}" || return
+    local options=(-DCMAKE_BUILD_TYPE=Release -DIFKV_TESTS=ON)
+    find_libraries || return
+    find_toolkit
+    if [ "$is_emulated" = 1 ]; then options+=(-DIFKV_CUDA_EMU=ON -DIFKV_WITH_CUDA=OFF); else options+=(-DIFKV_WITH_CUDA=ON); fi
+    [ -f "$build/CMakeCache.txt" ] || command -v make >/dev/null || options+=(-G Ninja)
+    if ! step build configure 240 'ifkv: MPI' cmake -S "$root" -B "$build" "${options[@]}"; then
+        rm -f "$build/CMakeCache.txt" # what it did not find would stay not found
+        return 1
+    fi
     local has_model=0
     grep -q 'tests of the CUDA half 1' "$last" && has_model=1
     # shellcheck disable=SC2086  # targets are words

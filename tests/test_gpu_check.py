@@ -203,6 +203,7 @@ class Faked(Parts):
         self.assertEqual(found["time", "products, Qwen3-14B"][0], "fail")
         self.assertEqual(self.timed_rows(), [])
 
+
     def test_a_sanitizer_that_refuses_the_device_is_absent(self):
         self.write("test_instructions_sm90", "exit 0")
         self.write("compute-sanitizer", 'echo "========= Error: Device not supported. See the documentation"; exit 1')
@@ -233,6 +234,95 @@ class Faked(Parts):
         self.assertEqual(self.rows_at_the_kill("time"), [("products, Qwen3-14B", "qkv 512 300 TFLOP/s; error at most 3.0e-03; 0 wrong")])
         self.assertEqual(self.timed_rows(), [row])
         self.assertTrue(tarfile.is_tarfile(os.path.join(self.out, "bench.tar.gz")))
+
+
+class Building(unittest.TestCase):
+    """A copy of the script between compilers and packages that are shell scripts: what it asks of them, and what comes of their answers."""
+
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.root = os.path.realpath(temporary.name)
+        for name in ("gpu_check.sh", "env.sh"):
+            os.makedirs(self.at("launch"), exist_ok=True)
+            shutil.copy(os.path.join(ROOT, "launch", name), self.at("launch", name))
+        self.build, self.asked = self.at("build-gpu"), self.at("asked")
+        self.write("toolkit/bin/nvcc", "echo release 13")
+        self.write("bin/nvidia-smi", 'case $1 in -L) echo "GPU 0: none" ;; --query-gpu=compute_cap) echo 9.0 ;; *) echo none ;; esac')
+        self.write("bin/pkg-config", "exit 1")
+        self.write("bin/python3", f'case $* in *import\\ glob*) echo {self.at("python")}/$3/include ;; *) exit 1 ;; esac')
+        self.fake_cmake(compiling="exit 0")
+        os.makedirs(self.at("ifkv-bundle"))
+        with open(self.at("ifkv-bundle", "ifkv.cmake"), "w") as f:
+            f.write("# nothing\n")
+        with tarfile.open(self.at("bundle.tar.gz"), "w:gz") as tar:
+            tar.add(self.at("ifkv-bundle"), "ifkv-bundle")
+
+    def at(self, *names):
+        return os.path.join(self.root, *names)
+
+    def write(self, name, text):
+        os.makedirs(os.path.dirname(self.at(name)), exist_ok=True)
+        with open(self.at(name), "w") as f:
+            f.write(f"#!/bin/sh\n{text}\n")
+        os.chmod(self.at(name), 0o755)
+
+    def fake_cmake(self, compiling, configuring="echo -- ifkv: MPI 0"):
+        self.write("bin/cmake", f'echo "CPATH=$CPATH $*" >>{self.asked}\n'
+                                f'case $1 in --build) echo building; {compiling} ;; *) echo >>{self.build}/CMakeCache.txt; {configuring} ;; esac')
+
+    def check(self, *parts, code):
+        """Verdicts by part and step."""
+        path = ":".join((self.at("bin"), self.at("toolkit", "bin"), os.environ["PATH"]))
+        done = subprocess.run([self.at("launch", "gpu_check.sh"), "--out", self.at("out"), "--bundle", self.at("bundle.tar.gz"), *parts],
+                              capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": path, "CC": "cc"})
+        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        with open(self.at("out", "gpu_check.json")) as f:
+            return {(row["part"], row["step"]): (row["verdict"], row["text"]) for row in json.load(f)["rows"]}
+
+    def commands(self):
+        with open(self.asked) as f:
+            return f.read().splitlines()
+
+    def test_without_packages_and_bundle_it_says_what_is_missing(self):
+        os.remove(self.at("bundle.tar.gz"))
+        found = self.check("build", "attention", code=1)
+        verdict, text = found["build", "packages"]
+        self.assertEqual(verdict, "fail")
+        self.assertIn("openblas is not here, and no " + self.at("bundle.tar.gz"), text)
+        self.assertEqual(found["attention", "all"], ("absent", "the build failed"))
+        self.assertFalse(os.path.exists(self.asked))
+
+    def test_a_second_call_unpacks_and_configures_nothing_anew(self):
+        first = self.check("build", code=0)
+        self.assertEqual(list(first), [("build", "bundle"), ("build", "configure"), ("build", "compile")])
+        with open(self.at("build-gpu", "ifkv-bundle", "mark"), "w"):
+            pass
+        self.assertEqual(list(self.check("build", code=0)), [("build", "configure"), ("build", "compile")])
+        self.assertTrue(os.path.exists(self.at("build-gpu", "ifkv-bundle", "mark")))
+
+    def test_the_first_thing_that_was_not_found_is_named_and_looked_for_again(self):
+        self.fake_cmake(compiling="exit 0", configuring="echo 'CMake Error at a.cmake:230 (message):'; echo '  Could NOT find HDF5'; exit 1")
+        self.assertIn("Could NOT find HDF5", self.check("build", code=1)["build", "configure"][1])
+        self.assertFalse(os.path.exists(os.path.join(self.build, "CMakeCache.txt")))
+
+    def test_of_the_python_packages_only_what_the_toolkit_lacks_is_taken(self):
+        for name in ("cublasLt", "nccl"):
+            folder = self.at("python", name + ".h")
+            os.makedirs(os.path.join(folder, "include"))
+            os.makedirs(os.path.join(folder, "lib"))
+            for file in (f"include/{name}.h", "include/cuda_runtime.h", f"lib/lib{name}.so.13"):
+                open(os.path.join(folder, file), "w").close()
+        self.write("bin/cc", 'case $* in *-include\\ nccl.h*) ;; *) exit 1 ;; esac')
+        self.check("build", code=0)
+        links = os.path.join(self.build, "python-cuda")
+        self.assertEqual(os.listdir(os.path.join(links, "include")), ["cublasLt.h"])
+        self.assertEqual(sorted(os.listdir(links)), ["include", "libcublasLt.so", "libcublasLt.so.13"])
+        configure, compiling = self.commands()
+        for command in (configure, compiling):
+            self.assertIn(f"CPATH={links}/include ", command)
+        self.assertIn(f"-DCUDA_cublasLt_LIBRARY={links}/libcublasLt.so", configure)
+        self.assertNotIn("NCCL", configure)
 
 
 if __name__ == "__main__":
