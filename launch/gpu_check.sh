@@ -15,8 +15,8 @@
 # every step; --built takes a build as it is; --limit (530) is the time for all parts, in seconds; --commit says which one this
 # is, where git does not.  The table comes last.  --emulated runs the same on the host model of the device: nothing it says,
 # least of all a time, is about a GPU.
-# Exit: 0 what could run passed, 1 something failed, 2 usage, 69 no GPU or no compiler.  What cannot run is absent, with a
-# reason, and neither passes nor fails.
+# Exit: 0 what could run passed, 1 something failed, 2 usage, 69 no GPU, no compiler or no CMake.  What cannot run is absent,
+# with a reason, and neither passes nor fails.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 all_parts='build attention instructions conformance pipeline time nccl sanitizer'
@@ -57,11 +57,13 @@ done
 case $limit_s in '' | *[!0-9]*) refuse 2 "--limit: got \"$limit_s\", expected seconds" ;; esac
 parts=${parts:-$all_parts}
 
-n_gpu=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+ask_gpu() { timeout 30 nvidia-smi "$@" 2>/dev/null; }
+n_gpu=$(ask_gpu -L | grep -c '^GPU')
 [ "$is_emulated" = 1 ] || [ "$n_gpu" -gt 0 ] ||
     refuse 69 'nvidia-smi lists no GPU on this machine; --emulated runs the same parts on the host model'
 command -v nvcc >/dev/null || PATH=$PATH:/usr/local/cuda/bin
 [ -n "$built" ] || [ "$is_emulated" = 1 ] || command -v nvcc >/dev/null || refuse 69 'no nvcc, neither in PATH nor in /usr/local/cuda/bin'
+[ -n "$built" ] || command -v cmake >/dev/null || refuse 69 'no cmake in PATH'
 
 mkdir -p "$out" || refuse 69 "$out cannot be made"
 out=$(cd "$out" && pwd)
@@ -73,7 +75,7 @@ trap 'rm -rf "$work"' EXIT
 log=$out/gpu_check.log last=$work/last
 : >"$log"
 : >"$out/bench.jsonl"
-deadline=$((SECONDS + limit_s)) rows=() n_failed=0 n_passed=0
+deadline=$((SECONDS + limit_s)) rows=() n_failed=0 n_passed=0 failed_check=0
 # shellcheck source=/dev/null  # checked on its own
 . "$root/launch/env.sh"
 
@@ -82,8 +84,8 @@ if [ "$is_emulated" = 1 ]; then
     export IFKV_EMU_DEVICES=1
 else
     tool=$build/ifkv suffix=''
-    device=$(nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv,noheader | head -n 1)
-    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
+    device=$(ask_gpu --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv,noheader | head -n 1)
+    capability=$(ask_gpu --query-gpu=compute_cap --format=csv,noheader | head -n 1)
 fi
 commit=${commit:-$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)}
 
@@ -121,7 +123,7 @@ reason() { # CMake says where in one line, and what in the next; of a test the w
 # step PART NAME LIMIT_S PATTERN COMMAND...: passes if COMMAND ends in time, exits 0 and prints a line of PATTERN, without which
 # a program that ran no test would pass.  Leaves the exit code in rc, nothing where COMMAND was not run.
 step() {
-    local part=$1 name=$2 limit=$3 pattern=$4 begin seconds
+    local part=$1 name=$2 limit=$3 pattern=$4 begin seconds word
     rc=''
     shift 4
     local left=$((deadline - SECONDS))
@@ -129,6 +131,9 @@ step() {
         absent "$part" "$name" "no time left of $limit_s s"
         return 1
     fi
+    for word in "$@"; do # programs that did not compile
+        case $word in "$build"/*) [ -e "$word" ] || { absent "$part" "$name" "not built: ${word##*/}"; return 1; } ;; esac
+    done
     [ "$is_emulated" = 0 ] || limit=$((4 * limit))
     [ "$limit" -le $left ] || limit=$left
     printf '\n==== %s: %s: %s\n' "$part" "$name" "$*" >>"$log"
@@ -153,8 +158,21 @@ readonly tests_ran='^\[  PASSED  \] [1-9]' claims_held='^[1-9][0-9]* claims held
 
 # ---- what the parts share ----
 
-has_ranks() { command -v "$mpirun" >/dev/null && "$tool" version 2>/dev/null | grep -q ' mpi'; }
-has_nccl() { "$tool" version 2>/dev/null | grep -q ' nccl'; }
+# has PART STEP mpi|nccl: whether the tool was built with it, and can be started; else the step is absent.
+has() {
+    local why
+    if [ ! -e "$tool" ]; then
+        why="not built: ${tool##*/}"
+    elif ! "$tool" version 2>/dev/null | grep -q " $3"; then
+        [ "$3" = mpi ] && why='built without MPI' || why='built without NCCL or without MPI'
+    elif [ "$3" = mpi ] && ! command -v "$mpirun" >/dev/null; then
+        why="no $mpirun"
+    else
+        return 0
+    fi
+    absent "$1" "$2" "$why"
+    return 1
+}
 find_mpirun() {
     mpirun=$(sed -n 's/^MPIEXEC_EXECUTABLE:[A-Z]*=//p' "$build/CMakeCache.txt" 2>/dev/null)
     mpirun=${mpirun:-mpirun}
@@ -216,7 +234,7 @@ build_all() {
         test_cuda_matmul_emu test_comm_device_emu'
     [ "$is_emulated" = 1 ] || targets='ifkv_cli test_backend test_attention test_attention_cuda test_device test_cuda_matmul
         test_comm_device test_instructions_sm80 test_instructions_sm90'
-    local options=(-DCMAKE_BUILD_TYPE=Release -DIFKV_TESTS=ON)
+    local options=(-DCMAKE_BUILD_TYPE=Release -DIFKV_TESTS=ON) go_on=(-k)
     find_libraries || return
     find_toolkit
     if [ "$is_emulated" = 1 ]; then options+=(-DIFKV_CUDA_EMU=ON -DIFKV_WITH_CUDA=OFF); else options+=(-DIFKV_WITH_CUDA=ON); fi
@@ -225,11 +243,15 @@ build_all() {
         rm -f "$build/CMakeCache.txt" # what it did not find would stay not found
         return 1
     fi
+    grep -q '^CMAKE_GENERATOR:.*=Ninja' "$build/CMakeCache.txt" && go_on=(-k 0)
     local has_model=0
     grep -q 'tests of the CUDA half 1' "$last" && has_model=1
-    # shellcheck disable=SC2086  # targets are words
-    step build compile 300 . cmake --build "$build" -j "$(nproc)" --target $targets || return
-    [ "$is_emulated" = 1 ] || [ $has_model = 0 ] || step build 'host model' 120 . cmake --build "$build" -j "$(nproc)" --target test_emu
+    # shellcheck disable=SC2086  # targets are words; what else fails, a program that compiled is worth running
+    step build compile 300 . cmake --build "$build" -j "$(nproc)" --target $targets -- "${go_on[@]}" || failed_check=1
+    if [ "$is_emulated" = 0 ] && [ $has_model = 1 ] && [ $failed_check = 0 ]; then
+        step build 'host model' 120 . cmake --build "$build" -j "$(nproc)" --target test_emu
+    fi
+    return 0
 }
 
 # ---- parts ----
@@ -249,14 +271,14 @@ part_attention() {
         if [ $is_right = 1 ]; then
             step attention "$kernel against float64" 60 "$tests_ran" "$build/test_attention_cuda$suffix" $kernel
         else
-            absent attention "$kernel against float64" 'the one-hot fetch failed'
+            absent attention "$kernel against float64" 'the one-hot fetch did not pass'
             all_right=0
         fi
     done
     if [ $all_right = 1 ]; then
         step attention 'sm80 against sm90' 60 "$tests_ran" "$build/test_attention_cuda$suffix" both
     else
-        absent attention 'sm80 against sm90' 'a one-hot fetch failed'
+        absent attention 'sm80 against sm90' 'a one-hot fetch did not pass'
     fi
 }
 
@@ -265,7 +287,7 @@ part_instructions() {
     if [ -x "$build/test_emu" ]; then
         step instructions 'host model' 60 "$claims_held" "$build/test_emu" && model_says=$(grep ' claims held' "$last")
     else
-        absent instructions 'host model' 'not built: CUDA and NCCL headers were not found'
+        absent instructions 'host model' 'not built'
     fi
     if [ "$is_emulated" = 1 ]; then
         absent instructions device 'needs a GPU'
@@ -285,11 +307,8 @@ part_conformance() {
     step conformance products 60 "$tests_ran" "$build/test_cuda_matmul$suffix"
     step conformance 'tiny prefills' 90 "$tests_ran" "$build/test_device$suffix" cuda
     step conformance 'ranks as threads' 60 "$tests_ran" "$build/test_comm_device$suffix"
-    if has_ranks; then
+    has conformance '2 ranks over MPI' mpi &&
         step conformance '2 ranks over MPI' 60 "$tests_ran" "$mpirun" -n 2 "$build/test_comm_device$suffix" mpi
-    else
-        absent conformance '2 ranks over MPI' 'built without MPI, or no mpirun'
-    fi
     absent conformance 'failing calls' 'planned on the host model only (test_comm_nccl, test_device_faults)'
 }
 
@@ -324,16 +343,10 @@ readonly own_host='export NCCL_HOSTID=rank$OMPI_COMM_WORLD_RANK NCCL_NET=Socket 
     export NCCL_IB_DISABLE=1 NCCL_MNNVL_ENABLE=0 NCCL_MAX_CTAS=2
     exec "$0" "$@"'
 part_nccl() {
-    if ! has_nccl; then
-        absent nccl 'all' 'built without NCCL'
-        return
-    fi
+    has nccl all nccl || return
     local ranks
     step nccl 'ranks as threads' 60 "$tests_ran" "$build/test_comm_device$suffix" nccl
-    if ! has_ranks; then
-        absent nccl 'ranks as processes' 'built without MPI, or no mpirun'
-        return
-    fi
+    has nccl 'ranks as processes' mpi || return
     [ "$is_emulated" = 0 ] || export IFKV_EMU_DEVICES=4
     for ranks in 2 4; do
         step nccl "$ranks ranks on one GPU" 45 "$tests_ran" "$mpirun" -n $ranks sh -c "$own_host" "$build/test_comm_device$suffix" nccl_mpi || break
@@ -494,14 +507,13 @@ table() {
     printf '%d passed, %d failed, %d absent, %d s; %s\n' $n_passed $n_failed $((${#rows[@]} - n_passed - n_failed)) $SECONDS "$out"
 }
 
-failed_check=0 about=$(json_about) is_built=1
+about=$(json_about) is_built=1
 if [ -z "$built" ]; then
     build_all || is_built=0
-    case " $parts " in *' build '*) ;; *) [ $is_built = 0 ] || rows=() n_passed=0 ;; esac
+    case " $parts " in *' build '*) ;; *) [ $n_failed != 0 ] || rows=() n_passed=0 ;; esac
 elif [[ " $parts " == *' build '* ]]; then
     absent build all "--built $built"
 fi
-[ $n_failed = 0 ] || is_built=0
 find_mpirun
 for part in $parts; do
     [ "$part" != build ] || continue

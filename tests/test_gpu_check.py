@@ -103,7 +103,7 @@ class Emulated(Parts):
         rows = self.run_parts("attention", "instructions", "time", code=1, IFKV_EMU_FAIL="cudaMalloc:2+=2")
         self.assertEqual(rows["attention", "sm80 64, one-hot"][0], "fail")
         self.assertIn("exit 1", rows["attention", "sm80 64, one-hot"][1])
-        self.assertEqual(rows["attention", "sm80 against float64"], ("absent", "the one-hot fetch failed"))
+        self.assertEqual(rows["attention", "sm80 against float64"], ("absent", "the one-hot fetch did not pass"))
         self.assertEqual(rows["instructions", "host model"][0], "pass")
         self.assertEqual(rows["time", "all"], ("absent", "a check before it failed"))
 
@@ -204,6 +204,12 @@ class Faked(Parts):
         self.assertEqual(self.timed_rows(), [])
 
 
+    def test_a_program_that_was_not_built_is_absent(self):
+        found = self.run_faked("exit 1", "attention", "instructions", code=1)
+        self.assertEqual(found["attention", "sm80 64, one-hot"], ("absent", "not built: test_attention_cuda"))
+        self.assertEqual(found["instructions", "device, sm_90a"], ("absent", "not built: test_instructions_sm90"))
+        self.assertEqual({verdict for verdict, _ in found.values()}, {"absent"})
+
     def test_a_sanitizer_that_refuses_the_device_is_absent(self):
         self.write("test_instructions_sm90", "exit 0")
         self.write("compute-sanitizer", 'echo "========= Error: Device not supported. See the documentation"; exit 1')
@@ -300,6 +306,15 @@ class Building(unittest.TestCase):
             pass
         self.assertEqual(list(self.check("build", code=0)), [("build", "configure"), ("build", "compile")])
         self.assertTrue(os.path.exists(self.at("build-gpu", "ifkv-bundle", "mark")))
+
+    def test_what_compiled_runs_when_something_else_did_not(self):
+        self.write("build-gpu/test_attention_cuda", "echo '[  PASSED  ] 3 test(s).'")
+        self.fake_cmake(compiling="echo error: no such instruction; exit 1")
+        found = self.check("attention", "conformance", "time", code=1)
+        self.assertEqual(found["build", "compile"][0], "fail")
+        self.assertEqual(found["attention", "sm90 128, one-hot"], ("pass", "3 tests"))
+        self.assertEqual(found["conformance", "back end"], ("absent", "not built: test_backend"))
+        self.assertEqual(found["time", "all"], ("absent", "a check before it failed"))
 
     def test_the_first_thing_that_was_not_found_is_named_and_looked_for_again(self):
         self.fake_cmake(compiling="exit 0", configuring="echo 'CMake Error at a.cmake:230 (message):'; echo '  Could NOT find HDF5'; exit 1")
