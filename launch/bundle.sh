@@ -32,15 +32,11 @@ needs() {
     ldd "$@" | awk '/=> \//{print $3}' | sort -u |
         grep -vE '/(ld-linux-x86-64|lib(c|m|dl|rt|pthread|resolv|util|gcc_s|stdc\+\+|gomp))\.so'
 }
-licence() {
-    local package
-    package=$(dpkg -S "*/$(basename "$(readlink -f "$1")")" | sed 's/:.*//;q') # listed under /lib or /usr/lib
-    cp -L "/usr/share/doc/$package/copyright" "$bundle/licences/$package"
-}
 add_library() {
     cp -L "$1" "$bundle/lib/$(basename "$1")"
-    licence "$1"
+    packed+=("*/$(basename "$(readlink -f "$1")")") # listed under /lib or /usr/lib
 }
+packed=()
 
 # library NAME SONAME MODULE HEADERS...: with its headers, below include/MODULE, and what finds both
 library() {
@@ -72,8 +68,13 @@ cp -RL /usr/share/openmpi "$bundle/share/"
 cp /usr/bin/orterun "$bundle/libexec/orterun"
 cp "$(readlink -f "$(command -v pkg-config)")" "$bundle/libexec/pkgconf"
 
-needs "$bundle"/lib/*.so.* "$bundle/$mpi"/*.so "$bundle"/libexec/* | while read -r path; do
+while read -r path; do
     [ -e "$bundle/lib/$(basename "$path")" ] || add_library "$path"
+done < <(needs "$bundle"/lib/*.so.* "$bundle/$mpi"/*.so "$bundle"/libexec/*)
+
+# one search: each reads the lists of all packages
+dpkg -S "${packed[@]}" | sed 's/:.*//' | sort -u | while read -r package; do
+    cp -L "/usr/share/doc/$package/copyright" "$bundle/licences/$package"
 done
 
 # All find each other by where they lie.

@@ -18,7 +18,7 @@ def run(*command, **more):
 
 
 @unittest.skipUnless(platform.machine() == "x86_64" and shutil.which("patchelf") and shutil.which("dpkg"),
-                     "launch/setup.sh bundle has not been here")
+                     "launch/setup.sh test has not been here")
 class Bundle(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -48,7 +48,7 @@ class Bundle(unittest.TestCase):
     def test_ifkv_builds_against_it_and_starts_ranks(self):
         build = os.path.join(self.at, "build")
         done = run("cmake", "-C", os.path.join(self.bundle, "ifkv.cmake"), "-S", ROOT, "-B", build, "-DIFKV_TESTS=ON",
-                   "-DIFKV_WITH_MPI=ON", "-DIFKV_WITH_CUDA=OFF", "-DIFKV_CUDA_EMU=OFF")
+                   "-DIFKV_WITH_MPI=ON", "-DIFKV_WITH_CUDA=OFF", "-DIFKV_CUDA_EMU=OFF", "-DCMAKE_BUILD_TYPE=Debug")
         self.assertEqual(done.returncode, 0, done.stderr)
         with open(os.path.join(build, "CMakeCache.txt")) as f:
             cache = f.read()

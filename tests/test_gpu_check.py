@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tarfile
 import tempfile
@@ -102,7 +103,7 @@ class Emulated(Parts):
         rows = self.run_parts("attention", "instructions", "time", code=1, IFKV_EMU_FAIL="cudaMalloc:2+=2")
         self.assertEqual(rows["attention", "sm80 64, one-hot"][0], "fail")
         self.assertIn("exit 1", rows["attention", "sm80 64, one-hot"][1])
-        self.assertEqual(rows["attention", "sm80 against float64"], ("absent", "the one-hot fetch failed"))
+        self.assertEqual(rows["attention", "sm80 against float64"], ("absent", "the one-hot fetch did not pass"))
         self.assertEqual(rows["instructions", "host model"][0], "pass")
         self.assertEqual(rows["time", "all"], ("absent", "a check before it failed"))
 
@@ -201,6 +202,142 @@ class Faked(Parts):
         found = self.run_faked(f"{self.rows(row)} echo error: 7 wrong; exit 1", "time", code=1)
         self.assertEqual(found["time", "products, Qwen3-14B"][0], "fail")
         self.assertEqual(self.timed_rows(), [])
+
+
+    def test_a_program_that_was_not_built_is_absent(self):
+        found = self.run_faked("exit 1", "attention", "instructions", code=1)
+        self.assertEqual(found["attention", "sm80 64, one-hot"], ("absent", "not built: test_attention_cuda"))
+        self.assertEqual(found["instructions", "device, sm_90a"], ("absent", "not built: test_instructions_sm90"))
+        self.assertEqual({verdict for verdict, _ in found.values()}, {"absent"})
+
+    def test_a_sanitizer_that_refuses_the_device_is_absent(self):
+        self.write("test_instructions_sm90", "exit 0")
+        self.write("compute-sanitizer", 'echo "========= Error: Device not supported. See the documentation"; exit 1')
+        self.assertEqual(self.run_faked("exit 1", "sanitizer", code=1),
+                         {("sanitizer", "all"): ("absent", "compute-sanitizer: Device not supported")})
+        self.write("compute-sanitizer", 'echo "========= Invalid __global__ write of size 4"; exit 9')
+        self.assertEqual(self.run_faked("exit 1", "sanitizer", code=1)["sanitizer", "memcheck, instructions"][0], "fail")
+
+    def rows_at_the_kill(self, *parts):
+        """What the file says of the steps before one that touches `started` and hangs."""
+        started = os.path.join(self.built, "started")
+        with subprocess.Popen([SCRIPT, "--built", self.built, "--out", self.out, *parts], stderr=subprocess.DEVNULL, start_new_session=True,
+                              stdout=subprocess.DEVNULL, env={**os.environ, "PATH": self.built + ":" + os.environ["PATH"]}) as script:
+            while script.poll() is None and not os.path.exists(started):
+                time.sleep(0.05)
+            os.killpg(script.pid, signal.SIGKILL)
+        with open(os.path.join(self.out, "gpu_check.json")) as f:
+            return [(row["step"], row["text"]) for row in json.load(f)["rows"]]
+
+    def test_what_is_killed_leaves_the_steps_so_far(self):
+        self.write("test_backend", "echo '[  PASSED  ] 3 test(s).'")
+        self.write("test_attention", f"touch {self.built}/started; exec sleep 20")
+        self.assertEqual(self.rows_at_the_kill("conformance"), [("back end", "3 tests")])
+
+    def test_what_is_killed_leaves_the_times_so_far(self):
+        row = {"label": "qkv", "tokens": 512, "tflops": 300.2, "error": 3e-3, "wrong": 0}
+        self.write("ifkv", f"[ $2 = gemm ] || {{ touch {self.built}/started; exec sleep 20; }}\n{self.rows(row)}")
+        self.assertEqual(self.rows_at_the_kill("time"), [("products, Qwen3-14B", "qkv 512 300 TFLOP/s; error at most 3.0e-03; 0 wrong")])
+        self.assertEqual(self.timed_rows(), [row])
+        self.assertTrue(tarfile.is_tarfile(os.path.join(self.out, "bench.tar.gz")))
+
+
+class Building(unittest.TestCase):
+    """A copy of the script between compilers and packages that are shell scripts: what it asks of them, and what comes of their answers."""
+
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.root = os.path.realpath(temporary.name)
+        for name in ("gpu_check.sh", "env.sh"):
+            os.makedirs(self.at("launch"), exist_ok=True)
+            shutil.copy(os.path.join(ROOT, "launch", name), self.at("launch", name))
+        self.build, self.asked = self.at("build-gpu"), self.at("asked")
+        self.write("toolkit/bin/nvcc", "echo release 13")
+        self.write("bin/nvidia-smi", 'case $1 in -L) echo "GPU 0: none" ;; --query-gpu=compute_cap) echo 9.0 ;; *) echo none ;; esac')
+        self.write("bin/pkg-config", "exit 1")
+        self.write("bin/python3", f'case $* in *import\\ glob*) echo {self.at("python")}/$3/include ;; *) exit 1 ;; esac')
+        self.fake_cmake(compiling="exit 0")
+        os.makedirs(self.at("ifkv-bundle"))
+        with open(self.at("ifkv-bundle", "ifkv.cmake"), "w") as f:
+            f.write("# nothing\n")
+        with tarfile.open(self.at("bundle.tar.gz"), "w:gz") as tar:
+            tar.add(self.at("ifkv-bundle"), "ifkv-bundle")
+
+    def at(self, *names):
+        return os.path.join(self.root, *names)
+
+    def write(self, name, text):
+        os.makedirs(os.path.dirname(self.at(name)), exist_ok=True)
+        with open(self.at(name), "w") as f:
+            f.write(f"#!/bin/sh\n{text}\n")
+        os.chmod(self.at(name), 0o755)
+
+    def fake_cmake(self, compiling, configuring="echo -- ifkv: MPI 0"):
+        self.write("bin/cmake", f'echo "CPATH=$CPATH $*" >>{self.asked}\n'
+                                f'case $1 in --build) echo building; {compiling} ;; *) echo >>{self.build}/CMakeCache.txt; {configuring} ;; esac')
+
+    def check(self, *parts, code):
+        """Verdicts by part and step."""
+        path = ":".join((self.at("bin"), self.at("toolkit", "bin"), os.environ["PATH"]))
+        done = subprocess.run([self.at("launch", "gpu_check.sh"), "--out", self.at("out"), "--bundle", self.at("bundle.tar.gz"), *parts],
+                              capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": path, "CC": "cc"})
+        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        with open(self.at("out", "gpu_check.json")) as f:
+            return {(row["part"], row["step"]): (row["verdict"], row["text"]) for row in json.load(f)["rows"]}
+
+    def commands(self):
+        with open(self.asked) as f:
+            return f.read().splitlines()
+
+    def test_without_packages_and_bundle_it_says_what_is_missing(self):
+        os.remove(self.at("bundle.tar.gz"))
+        found = self.check("build", "attention", code=1)
+        verdict, text = found["build", "packages"]
+        self.assertEqual(verdict, "fail")
+        self.assertIn("openblas is not here, and no " + self.at("bundle.tar.gz"), text)
+        self.assertEqual(found["attention", "all"], ("absent", "the build failed"))
+        self.assertFalse(os.path.exists(self.asked))
+
+    def test_a_second_call_unpacks_and_configures_nothing_anew(self):
+        first = self.check("build", code=0)
+        self.assertEqual(list(first), [("build", "bundle"), ("build", "configure"), ("build", "compile")])
+        with open(self.at("build-gpu", "ifkv-bundle", "mark"), "w"):
+            pass
+        self.assertEqual(list(self.check("build", code=0)), [("build", "configure"), ("build", "compile")])
+        self.assertTrue(os.path.exists(self.at("build-gpu", "ifkv-bundle", "mark")))
+
+    def test_what_compiled_runs_when_something_else_did_not(self):
+        self.write("build-gpu/test_attention_cuda", "echo '[  PASSED  ] 3 test(s).'")
+        self.fake_cmake(compiling="echo error: no such instruction; exit 1")
+        found = self.check("attention", "conformance", "time", code=1)
+        self.assertEqual(found["build", "compile"][0], "fail")
+        self.assertEqual(found["attention", "sm90 128, one-hot"], ("pass", "3 tests"))
+        self.assertEqual(found["conformance", "back end"], ("absent", "not built: test_backend"))
+        self.assertEqual(found["time", "all"], ("absent", "a check before it failed"))
+
+    def test_the_first_thing_that_was_not_found_is_named_and_looked_for_again(self):
+        self.fake_cmake(compiling="exit 0", configuring="echo 'CMake Error at a.cmake:230 (message):'; echo '  Could NOT find HDF5'; exit 1")
+        self.assertIn("Could NOT find HDF5", self.check("build", code=1)["build", "configure"][1])
+        self.assertFalse(os.path.exists(os.path.join(self.build, "CMakeCache.txt")))
+
+    def test_of_the_python_packages_only_what_the_toolkit_lacks_is_taken(self):
+        for name in ("cublasLt", "nccl"):
+            folder = self.at("python", name + ".h")
+            os.makedirs(os.path.join(folder, "include"))
+            os.makedirs(os.path.join(folder, "lib"))
+            for file in (f"include/{name}.h", "include/cuda_runtime.h", f"lib/lib{name}.so.13"):
+                open(os.path.join(folder, file), "w").close()
+        self.write("bin/cc", 'case $* in *-include\\ nccl.h*) ;; *) exit 1 ;; esac')
+        self.check("build", code=0)
+        links = os.path.join(self.build, "python-cuda")
+        self.assertEqual(os.listdir(os.path.join(links, "include")), ["cublasLt.h"])
+        self.assertEqual(sorted(os.listdir(links)), ["include", "libcublasLt.so", "libcublasLt.so.13"])
+        configure, compiling = self.commands()
+        for command in (configure, compiling):
+            self.assertIn(f"CPATH={links}/include ", command)
+        self.assertIn(f"-DCUDA_cublasLt_LIBRARY={links}/libcublasLt.so", configure)
+        self.assertNotIn("NCCL", configure)
 
 
 if __name__ == "__main__":
