@@ -46,9 +46,10 @@ static ifkv_status check(const ifkv_attention_args *args) {
     const ifkv_dtype to = args->out.dtype == IFKV_DTYPE_F32 ? IFKV_DTYPE_F32 : IFKV_DTYPE_BF16;
     IFKV_TRY(ifkv_view_check("attention", "out", &args->out, to, n_row, q_cols));
     IFKV_TRY(ifkv_view_check("attention", "lse", &args->lse, IFKV_DTYPE_F32, n_row, n_head));
-    IFKV_REQUIRE(n_row <= INT_MAX && n_key <= INT_MAX - IFKV_ATTENTION_MAX_M, IFKV_ERR_INTERNAL,
-                 IFKV_E_SHAPE, "attention: got %lld rows and %lld keys, expected below 2^31",
-                 (long long)n_row, (long long)n_key);
+    IFKV_REQUIRE(n_row <= INT_MAX && n_key <= INT_MAX - IFKV_ATTENTION_BLOCK_KEYS,
+                 IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                 "attention: got %lld rows and %lld keys, expected below 2^31", (long long)n_row,
+                 (long long)n_key);
     IFKV_REQUIRE(args->scale > 0, IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
                  "attention: got scale %g, expected a positive one", (double)args->scale);
     return IFKV_OK;
