@@ -133,8 +133,7 @@ ifkv_status ifkv_cuda_attention_by(const ifkv_cuda_context *context,
                                    int64_t part_keys) {
     IFKV_TRY(check(args));
     IFKV_TRY(choose(context, args, &kernel));
-    const int tile_m =
-        kernel == IFKV_ATTENTION_SM90 ? IFKV_ATTENTION_SM90_M : IFKV_ATTENTION_SM80_M;
+    const int tile_m = ifkv_attention_tile_m(kernel, args->d_head);
     ifkv_attention_call call = call_of(context, args);
     call.plan = ifkv_attention_plan_make(call.n_row, call.n_key, args->n_head, args->n_kv_head,
                                          args->d_head, tile_m, context->n_sm);

@@ -28,28 +28,43 @@
 
 namespace {
 
-constexpr int TILE_M = IFKV_ATTENTION_SM90_M, BLOCK_KEYS = 128, WARPGROUP = 128;
-constexpr int CONSUMERS = TILE_M / 64, CONSUMER_WARPS = CONSUMERS * WARPGROUP / IFKV_WARP_LANES;
-constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
+constexpr int WARPGROUP = 128, WARPGROUP_ROWS = 64; // threads, and rows of a wgmma
+constexpr int BLOCK_KEYS = IFKV_ATTENTION_BLOCK_KEYS;
 constexpr int SLOTS = 2;                           // tiles whose queries are in shared memory
 constexpr int CHUNK = 64;                          // elements of a swizzled row of 128 bytes
 constexpr int ROW_BYTES = 128;                     // of it
 constexpr int ATOM_BYTES = 1024;                   // eight rows: the period of the swizzle
 constexpr int BARRIER_CLEAR = 1, BARRIER_TURN = 2; // named barriers; TURN + w is warpgroup w's
 
-template <int d, int rows> struct swizzled_rows { __nv_bfloat16 chunk[d / CHUNK][rows][CHUNK]; };
+// What d_head decides; rows of the tile are stacked rows.
+template <int d> struct config {
+    static constexpr int ROWS = d == 64 ? IFKV_ATTENTION_SM90_D64_M : IFKV_ATTENTION_SM90_D128_M;
+    static constexpr int CONSUMERS = ROWS / WARPGROUP_ROWS; // warpgroups
+    static constexpr int CONSUMER_THREADS = CONSUMERS * WARPGROUP,
+                         CONSUMER_WARPS = CONSUMER_THREADS / IFKV_WARP_LANES;
+    static constexpr int THREADS = WARPGROUP + CONSUMER_THREADS;
+    static constexpr int STAGES = d == 64 ? 4 : 2;
+    static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232; // of a thread
+    static_assert(ROWS % WARPGROUP_ROWS == 0 && ROWS <= IFKV_ATTENTION_MAX_M, "whole warpgroups");
+    static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
+                      (1 + CONSUMERS) * (65536 / THREADS / 8 * 8),
+                  "what a block has at its start");
+};
 
-struct tile_slot {
+template <int d, int rows> struct swizzled_rows { __nv_bfloat16 chunk[d / CHUNK][rows][CHUNK]; };
+template <int d> using query_rows = swizzled_rows<d, config<d>::ROWS>;
+
+template <int d> struct tile_slot {
     attention_run run; // n_row 0: there is no more work
     int kv_head, part;
-    int length[TILE_M]; // keys each row of the run sees
+    int length[config<d>::ROWS]; // keys each row of the run sees
 };
 
 template <int d> struct shared_memory {
-    static constexpr int STAGES = d == 64 ? 4 : 2;
-    swizzled_rows<d, TILE_M> q[SLOTS];
+    static constexpr int STAGES = config<d>::STAGES;
+    query_rows<d> q[SLOTS];
     swizzled_rows<d, BLOCK_KEYS> k[STAGES], v[STAGES];
-    tile_slot tile[SLOTS];
+    tile_slot<d> tile[SLOTS];
     uint64_t tile_full[SLOTS], tile_empty[SLOTS];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
@@ -101,7 +116,7 @@ __device__ __forceinline__ void copy_block(swizzled_rows<d, BLOCK_KEYS> &to, con
 
 template <int d> struct producer {
     ring<SLOTS> tile;
-    ring<shared_memory<d>::STAGES> k, v;
+    ring<config<d>::STAGES> k, v;
 
     // One lane: K and V of a run, in the order in which they are used.
     __device__ __forceinline__ void copy_keys(shared_memory<d> &shared, const tensor_maps &maps,
@@ -131,7 +146,7 @@ template <int d> struct producer {
         int64_t row = item.tile * call.plan.tile_rows;
         const int64_t limit = min(row + call.plan.tile_rows, call.n_row);
         while (row < limit) {
-            tile_slot &slot = shared.tile[tile.stage];
+            tile_slot<d> &slot = shared.tile[tile.stage];
             wait(shared.tile_empty[tile.stage], tile.parity ^ 1);
             const attention_run run = find_run(call, row, limit, item.part, slot.length);
             __syncwarp(); // all lengths are written
@@ -177,7 +192,7 @@ template <int d> struct producer {
 
 // s [64, BLOCK_KEYS] = q k^T of a warpgroup.
 template <int d>
-__device__ __forceinline__ void issue_scores(const swizzled_rows<d, TILE_M> &q, int first_row,
+__device__ __forceinline__ void issue_scores(const query_rows<d> &q, int first_row,
                                              const swizzled_rows<d, BLOCK_KEYS> &k,
                                              float (&s)[BLOCK_KEYS / 2]) {
     ptx_wgmma_fence();
@@ -207,9 +222,11 @@ __device__ __forceinline__ void issue_values(const uint32_t (&p)[BLOCK_KEYS / 16
 }
 
 template <int d> struct consumer {
+    static constexpr int CONSUMERS = config<d>::CONSUMERS,
+                         CONSUMER_THREADS = config<d>::CONSUMER_THREADS;
     const int warpgroup; // 0 .. CONSUMERS - 1
     ring<SLOTS> tile;
-    ring<shared_memory<d>::STAGES> k, v;
+    ring<config<d>::STAGES> k, v;
 
     __device__ __forceinline__ explicit consumer(int index) : warpgroup(index) {
     }
@@ -226,11 +243,11 @@ template <int d> struct consumer {
         if (lane_index() == 0) ptx_mbarrier_arrive(&empty);
     }
 
-    // Rows from `first` on of the stage of V that both warpgroups are about to use.
+    // Rows from `first` on of the stage of V that all warpgroups are about to use.
     __device__ __forceinline__ void clear_values(shared_memory<d> &shared, int first) const {
         const int thread = static_cast<int>(threadIdx.x) - WARPGROUP;
-        clear_rows(shared.v[v.stage], first, thread, CONSUMERS * WARPGROUP);
-        ptx_bar_sync(BARRIER_CLEAR, CONSUMERS * WARPGROUP);
+        clear_rows(shared.v[v.stage], first, thread, CONSUMER_THREADS);
+        ptx_bar_sync(BARRIER_CLEAR, CONSUMER_THREADS);
     }
 
     // All blocks of a run that has keys.
@@ -238,11 +255,11 @@ template <int d> struct consumer {
                                            shared_memory<d> &shared, const attention_run &run,
                                            const int (&length)[2], softmax_rows &rows,
                                            float (&o)[d / 2]) {
-        const swizzled_rows<d, TILE_M> &q = shared.q[tile.stage];
+        const query_rows<d> &q = shared.q[tile.stage];
         float s[BLOCK_KEYS / 2];
         wait(shared.k_full[k.stage], k.parity);
         take_turn();
-        issue_scores<d>(q, 64 * warpgroup, shared.k[k.stage], s);
+        issue_scores<d>(q, WARPGROUP_ROWS * warpgroup, shared.k[k.stage], s);
         pass_turn();
         ptx_wgmma_wait<0>();
         ptx_pin(s);
@@ -267,7 +284,7 @@ template <int d> struct consumer {
             if (!is_last) wait(shared.k_full[k.stage], k.parity);
             take_turn();
             issue_values<d>(p, shared.v[v.stage], o);
-            if (!is_last) issue_scores<d>(q, 64 * warpgroup, shared.k[k.stage], s);
+            if (!is_last) issue_scores<d>(q, WARPGROUP_ROWS * warpgroup, shared.k[k.stage], s);
             pass_turn();
             ptx_wgmma_wait<0>();
             ptx_pin(o);
@@ -282,10 +299,10 @@ template <int d> struct consumer {
     }
 
     __device__ __forceinline__ void run(const ifkv_attention_call &call, shared_memory<d> &shared) {
-        const int stacked = 64 * warpgroup + 16 * (warp_index() % 4) + lane_index() / 4;
+        const int stacked = WARPGROUP_ROWS * warpgroup + 16 * (warp_index() % 4) + lane_index() / 4;
         if (warpgroup == CONSUMERS - 1) pass_turn(); // the first is warpgroup 0's
         for (;;) {
-            const tile_slot &slot = shared.tile[tile.stage];
+            const tile_slot<d> &slot = shared.tile[tile.stage];
             wait(shared.tile_full[tile.stage], tile.parity);
             const attention_run run = slot.run;
             if (run.n_row == 0) break;
@@ -307,19 +324,19 @@ template <int d> struct consumer {
 template <int d> __device__ __forceinline__ void init_barriers(shared_memory<d> &shared) {
     for (int i = 0; i < SLOTS; i++) {
         ptx_mbarrier_init(&shared.tile_full[i], 1);
-        ptx_mbarrier_init(&shared.tile_empty[i], CONSUMER_WARPS);
+        ptx_mbarrier_init(&shared.tile_empty[i], config<d>::CONSUMER_WARPS);
     }
-    for (int i = 0; i < shared_memory<d>::STAGES; i++) {
+    for (int i = 0; i < config<d>::STAGES; i++) {
         ptx_mbarrier_init(&shared.k_full[i], 1);
         ptx_mbarrier_init(&shared.v_full[i], 1);
-        ptx_mbarrier_init(&shared.k_empty[i], CONSUMER_WARPS);
-        ptx_mbarrier_init(&shared.v_empty[i], CONSUMER_WARPS);
+        ptx_mbarrier_init(&shared.k_empty[i], config<d>::CONSUMER_WARPS);
+        ptx_mbarrier_init(&shared.v_empty[i], config<d>::CONSUMER_WARPS);
     }
     ptx_fence_mbarrier_init();
 }
 
 template <int d>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(config<d>::THREADS, 1)
     attention_sm90_kernel(const __grid_constant__ ifkv_attention_call call,
                           const __grid_constant__ tensor_maps maps) {
     shared_memory<d> &shared = ifkv_shared<shared_memory<d>>();
@@ -328,14 +345,14 @@ __global__ void __launch_bounds__(THREADS, 1)
     // what was never written must not be multiplied either
     for (int i = 0; i < SLOTS; i++)
         clear_rows(shared.q[i], call.plan.tile_rows * call.plan.group,
-                   static_cast<int>(threadIdx.x), THREADS);
+                   static_cast<int>(threadIdx.x), config<d>::THREADS);
     __syncthreads(); // barriers and spare rows are ready
     const int warpgroup = static_cast<int>(threadIdx.x) / WARPGROUP;
     if (warpgroup == 0) {
-        ptx_setmaxnreg_dec<40>();
+        ptx_setmaxnreg_dec<config<d>::PRODUCER_REGISTERS>();
         if (warp_index() == 0) producer<d>{}.run(call, shared, maps);
     } else {
-        ptx_setmaxnreg_inc<232>();
+        ptx_setmaxnreg_inc<config<d>::CONSUMER_REGISTERS>();
         consumer<d>(warpgroup - 1).run(call, shared);
     }
 }
@@ -367,7 +384,8 @@ cudaError_t launch(const ifkv_cuda_context *context, const ifkv_attention_call *
                    const tensor_maps &maps) {
     const int64_t n_block = call->plan.n_item < context->n_sm ? call->plan.n_item : context->n_sm;
     return ifkv_launch(attention_sm90_kernel<d>, dim3(static_cast<unsigned>(n_block)),
-                       dim3(THREADS), sizeof(shared_memory<d>), context->stream, *call, maps);
+                       dim3(config<d>::THREADS), sizeof(shared_memory<d>), context->stream, *call,
+                       maps);
 }
 
 } // namespace
