@@ -257,6 +257,18 @@ template <int d> struct consumer {
                                            float (&o)[d / 2]) {
         const query_rows<d> &q = shared.q[tile.stage];
         float s[BLOCK_KEYS / 2];
+        uint32_t p[BLOCK_KEYS / 16][4];
+        const auto weigh = [&](int first) { // s of the block that starts there becomes p
+            if (first + BLOCK_KEYS > run.n_shared) {
+                const int left[2] = {length[0] - first, length[1] - first};
+                mask_scores(s, left);
+            }
+            float decay[2];
+            softmax_block(s, call.scale_log2, rows, decay);
+            scale_rows(o, decay);
+            pack_probabilities(s, p);
+        };
+
         wait(shared.k_full[k.stage], k.parity);
         take_turn();
         issue_scores<d>(q, WARPGROUP_ROWS * warpgroup, shared.k[k.stage], s);
@@ -266,36 +278,34 @@ template <int d> struct consumer {
         release(shared.k_empty[k.stage]);
         k.advance();
 
-        for (int first = 0; first < run.n_key; first += BLOCK_KEYS) {
-            const int next = first + BLOCK_KEYS;
-            if (next > run.n_shared) {
-                const int left[2] = {length[0] - first, length[1] - first};
-                mask_scores(s, left);
-            }
-            float decay[2];
-            uint32_t p[BLOCK_KEYS / 16][4];
-            softmax_block(s, call.scale_log2, rows, decay);
-            scale_rows(o, decay);
-            pack_probabilities(s, p);
-
+        int first = 0;
+        for (; first + BLOCK_KEYS < run.n_key; first += BLOCK_KEYS) {
+            weigh(first);
             wait(shared.v_full[v.stage], v.parity);
-            if (next > run.n_key) clear_values(shared, run.n_key - first);
-            const bool is_last = next >= run.n_key;
-            if (!is_last) wait(shared.k_full[k.stage], k.parity);
+            wait(shared.k_full[k.stage], k.parity);
             take_turn();
             issue_values<d>(p, shared.v[v.stage], o);
-            if (!is_last) issue_scores<d>(q, WARPGROUP_ROWS * warpgroup, shared.k[k.stage], s);
+            issue_scores<d>(q, WARPGROUP_ROWS * warpgroup, shared.k[k.stage], s);
             pass_turn();
             ptx_wgmma_wait<0>();
             ptx_pin(o);
             ptx_pin(s);
             release(shared.v_empty[v.stage]);
+            release(shared.k_empty[k.stage]);
             v.advance();
-            if (!is_last) {
-                release(shared.k_empty[k.stage]);
-                k.advance();
-            }
+            k.advance();
         }
+
+        weigh(first); // of the last block, without a next
+        wait(shared.v_full[v.stage], v.parity);
+        if (first + BLOCK_KEYS > run.n_key) clear_values(shared, run.n_key - first);
+        take_turn();
+        issue_values<d>(p, shared.v[v.stage], o);
+        pass_turn();
+        ptx_wgmma_wait<0>();
+        ptx_pin(o);
+        release(shared.v_empty[v.stage]);
+        v.advance();
     }
 
     __device__ __forceinline__ void run(const ifkv_attention_call &call, shared_memory<d> &shared) {
