@@ -357,7 +357,8 @@ __global__ void __launch_bounds__(config<d>::THREADS, 1)
         clear_rows(shared.q[i], call.plan.tile_rows * call.plan.group,
                    static_cast<int>(threadIdx.x), config<d>::THREADS);
     __syncthreads(); // barriers and spare rows are ready
-    const int warpgroup = static_cast<int>(threadIdx.x) / WARPGROUP;
+    // by a shuffle: what the compiler knows to be the same in a warp takes no register of its lanes
+    const int warpgroup = __shfl_sync(IFKV_ALL_LANES, static_cast<int>(threadIdx.x) / WARPGROUP, 0);
     if (warpgroup == 0) {
         ptx_setmaxnreg_dec<config<d>::PRODUCER_REGISTERS>();
         if (warp_index() == 0) producer<d>{}.run(call, shared, maps);
