@@ -6,9 +6,10 @@
  * Warpgroup 0 gives up its registers; its first warp takes pieces of the plan from a counter in
  * global memory, finds the runs of each (attention.cuh) and copies: Q of a run into one of two
  * slots, K and V in blocks of 128 keys that start at the run's first key, through rings of stages.
- * Warpgroups 1 and 2 take 64 of the 128 stacked rows each.  They have the tensor cores in turn: one
- * issues P V of a block and S of the next while the other computes its softmax.  Both work on every
- * block of the run, so that turns stay even, whatever their own rows see.
+ * The other warpgroups, three at d_head 64 and two at 128, take 64 of the tile's stacked rows each.
+ * They have the tensor cores in turn: one issues P V of a block and S of the next while the others
+ * compute their softmax.  All work on every block of the run, so that turns stay even, whatever
+ * their own rows see.
  *
  * Shared memory holds rows of 64 elements with a 128-byte swizzle, wider heads as two such halves:
  * what the copies write and the descriptors of wgmma read.  S and P stay in registers.
@@ -18,8 +19,10 @@
  * A key that some row of a run sees must be finite in V, or all of its tile is NaN.
  *
  * Budget at d_head 128: Q 2 x 32 KB, K and V 2 x 2 x 32 KB of 227 KB; 40 and 232 of 168 x 384
- * registers: S 64, O 64, P 32 and addresses.  Bound by the tensor cores at d_head 128, by the
- * exponentials at 64.
+ * registers: S 64, O 64, P 32 and addresses.  At d_head 64: Q 2 x 24 KB, K and V 2 x 4 x 16 KB; 32
+ * and 160 of 128 x 512 registers: S 64, O 32, P 32 and addresses.  Bound by the tensor cores at
+ * d_head 128, by the exponentials at 64: these take as long as the products there, and a third
+ * warpgroup computes its own while another does what comes before and after.
  * Source: FlashAttention-3 (arXiv 2407.08608), sections 3.1 and 3.2; PTX ISA 9.0. */
 #include "attention.cuh"
 #include "cuda_check.h"
@@ -44,7 +47,8 @@ template <int d> struct config {
                          CONSUMER_WARPS = CONSUMER_THREADS / IFKV_WARP_LANES;
     static constexpr int THREADS = WARPGROUP + CONSUMER_THREADS;
     static constexpr int STAGES = d == 64 ? 4 : 2;
-    static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232; // of a thread
+    static constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, // of a thread
+        CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
     static_assert(ROWS % WARPGROUP_ROWS == 0 && ROWS <= IFKV_ATTENTION_MAX_M, "whole warpgroups");
     static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
                       (1 + CONSUMERS) * (65536 / THREADS / 8 * 8),

@@ -13,7 +13,7 @@ static ifkv_attention_plan random_plan(int64_t *n_row, int64_t *n_key, int *d_he
     static const int groups[] = {1, 2, 3, 4, 5, 7, 8, 16, 61, 64};
     const int group = groups[gen_below(&noise, 10)];
     const int n_kv_head = 1 + (int)gen_below(&noise, 9),
-              tile_m = 64 * (1 + (int)gen_below(&noise, 2));
+              tile_m = 64 * (1 + (int)gen_below(&noise, 3));
     *n_row = gen_below(&noise, gen_below(&noise, 3) ? 300 : 40000);
     *n_key = gen_below(&noise, gen_below(&noise, 3) ? 200000 : 300);
     *d_head = 16 * (1 + (int)gen_below(&noise, 8));
@@ -80,19 +80,22 @@ static void sections_fit_the_cache_at_known_lengths(void **state) {
 
 static void stacked_heads_fill_a_tile(void **state) {
     (void)state;
-    const int group[] = {1, 3, 4, 5, 7, 8, 64}, rows[] = {128, 42, 32, 25, 18, 16, 2};
-    for (int i = 0; i < 7; i++) {
-        const ifkv_attention_plan plan =
-            ifkv_attention_plan_make(1000, 1000, group[i] * 2, 2, 64, 128, SM);
-        assert_int_equal(plan.group, group[i]);
-        assert_int_equal(plan.tile_rows, rows[i]);
-    }
+    const int tile_m[] = {128, 192}, group[] = {1, 3, 4, 5, 7, 8, 64},
+              rows[][7] = {{128, 42, 32, 25, 18, 16, 2}, {192, 64, 48, 38, 27, 24, 3}};
+    for (int m = 0; m < 2; m++)
+        for (int i = 0; i < 7; i++) {
+            const ifkv_attention_plan plan =
+                ifkv_attention_plan_make(1000, 1000, group[i] * 2, 2, 64, tile_m[m], SM);
+            assert_int_equal(plan.group, group[i]);
+            assert_int_equal(plan.tile_rows, rows[m][i]);
+        }
 }
 
 /* What is cut, by hand.  Qwen3-14B (40 heads, 8 K/V heads) on 132 multiprocessors: one row over
  * 32768 keys is 8 tiles, so 16 parts fit a wave, 8 parts of 4096 keys exist, 7 keep 85 % of them
- * busy.  21 row tiles of 25 rows are 168 pieces and fill the device.  120 rows are 80 or 40
- * pieces of tiles of 64 or 128 stacked rows, of which 264 or 132 run at once: three parts each. */
+ * busy.  21 row tiles of 25 rows are 168 pieces and fill the device.  120 rows are 80, 40 or
+ * 32 pieces of tiles of 64, 128 or 192 stacked rows, of which 264, 132 or 132 run at once: three,
+ * three or four parts each. */
 static void few_tiles_over_many_keys_are_cut(void **state) {
     (void)state;
     const struct {
@@ -104,7 +107,7 @@ static void few_tiles_over_many_keys_are_cut(void **state) {
         {128, 1, 32768, 4736, 7},    {128, 25, 32768, 4736, 7},  {128, 26, 32768, 4736, 7},
         {128, 75, 32768, 6656, 5},   {128, 0, 32768, 32768, 1},  {128, 1, 0, 1, 1},
         {128, 525, 32768, 32768, 1}, {128, 1, 131072, 9472, 14}, {64, 120, 32768, 11008, 3},
-        {128, 120, 32768, 11008, 3},
+        {128, 120, 32768, 11008, 3}, {192, 120, 32768, 8192, 4}, {192, 525, 32768, 32768, 1},
     };
     for (size_t i = 0; i < sizeof of / sizeof *of; i++) {
         const ifkv_attention_plan plan =
