@@ -46,9 +46,10 @@ static ifkv_status check(const ifkv_attention_args *args) {
     const ifkv_dtype to = args->out.dtype == IFKV_DTYPE_F32 ? IFKV_DTYPE_F32 : IFKV_DTYPE_BF16;
     IFKV_TRY(ifkv_view_check("attention", "out", &args->out, to, n_row, q_cols));
     IFKV_TRY(ifkv_view_check("attention", "lse", &args->lse, IFKV_DTYPE_F32, n_row, n_head));
-    IFKV_REQUIRE(n_row <= INT_MAX && n_key <= INT_MAX - IFKV_ATTENTION_MAX_M, IFKV_ERR_INTERNAL,
-                 IFKV_E_SHAPE, "attention: got %lld rows and %lld keys, expected below 2^31",
-                 (long long)n_row, (long long)n_key);
+    IFKV_REQUIRE(n_row <= INT_MAX && n_key <= INT_MAX - IFKV_ATTENTION_BLOCK_KEYS,
+                 IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
+                 "attention: got %lld rows and %lld keys, expected below 2^31", (long long)n_row,
+                 (long long)n_key);
     IFKV_REQUIRE(args->scale > 0, IFKV_ERR_INTERNAL, IFKV_E_SHAPE,
                  "attention: got scale %g, expected a positive one", (double)args->scale);
     return IFKV_OK;
@@ -132,8 +133,7 @@ ifkv_status ifkv_cuda_attention_by(const ifkv_cuda_context *context,
                                    int64_t part_keys) {
     IFKV_TRY(check(args));
     IFKV_TRY(choose(context, args, &kernel));
-    const int tile_m =
-        kernel == IFKV_ATTENTION_SM90 ? IFKV_ATTENTION_SM90_M : IFKV_ATTENTION_SM80_M;
+    const int tile_m = ifkv_attention_tile_m(kernel, args->d_head);
     ifkv_attention_call call = call_of(context, args);
     call.plan = ifkv_attention_plan_make(call.n_row, call.n_key, args->n_head, args->n_kv_head,
                                          args->d_head, tile_m, context->n_sm);

@@ -19,8 +19,19 @@ typedef enum ifkv_attention_kernel {
     IFKV_ATTENTION_SM90     /* compute capability 9.x, d_head 64 or 128 */
 } ifkv_attention_kernel;
 
-/* Stacked rows of a kernel's tile; the group of query heads of a K/V head must fit. */
-enum { IFKV_ATTENTION_SM80_M = 64, IFKV_ATTENTION_SM90_M = 128 };
+/* Stacked rows of a kernel's tile; the group of query heads of a K/V head must fit.  The sm_90
+ * kernel has a warpgroup for every 64 of them: at d_head 64 the registers of three fit, and 128
+ * works as well. */
+enum {
+    IFKV_ATTENTION_SM80_M = 64,
+    IFKV_ATTENTION_SM90_D64_M = 192,
+    IFKV_ATTENTION_SM90_D128_M = 128
+};
+
+static inline int ifkv_attention_tile_m(ifkv_attention_kernel kernel, int d_head) {
+    if (kernel == IFKV_ATTENTION_SM80) return IFKV_ATTENTION_SM80_M;
+    return d_head == 64 ? IFKV_ATTENTION_SM90_D64_M : IFKV_ATTENTION_SM90_D128_M;
+}
 
 /* One call as its kernel gets it.  Pointers are borrowed device memory, strides count elements. */
 typedef struct ifkv_attention_call {

@@ -34,7 +34,7 @@ ifkv_attention_plan ifkv_attention_plan_make(int64_t n_row, int64_t n_key, int n
     /* Small tiles share a multiprocessor.  Four fifths of a wave is full enough: merging parts
      * costs a launch.  Of the parts that fit into one wave the fewest are taken that keep 85 % of
      * the device busy compared with the most. */
-    const int64_t n_slot = (int64_t)n_sm * (IFKV_ATTENTION_MAX_M / tile_m);
+    const int64_t n_slot = (int64_t)n_sm * (tile_m > IFKV_ATTENTION_SMALL_M ? 1 : 2);
     const int64_t n_uncut = plan.n_item;
     if (n_uncut == 0 || 5 * n_uncut >= 4 * n_slot || n_row > IFKV_ATTENTION_MIN_PART) return plan;
     int64_t most = ceil_div(n_key, IFKV_ATTENTION_MIN_PART);
@@ -42,12 +42,15 @@ ifkv_attention_plan ifkv_attention_plan_make(int64_t n_row, int64_t n_key, int n
     if (most > IFKV_ATTENTION_MAX_PARTS) most = IFKV_ATTENTION_MAX_PARTS;
     const int64_t n_part = ceil_div(85 * most, 100);
     if (n_part < 2) return plan;
-    const int64_t even = ceil_div(ceil_div(n_key, n_part), IFKV_ATTENTION_MAX_M);
-    const int64_t keys = even * IFKV_ATTENTION_MAX_M;
+    const int64_t even = ceil_div(ceil_div(n_key, n_part), IFKV_ATTENTION_BLOCK_KEYS);
+    const int64_t keys = even * IFKV_ATTENTION_BLOCK_KEYS;
     ifkv_attention_plan_cut(&plan, n_key,
                             keys > IFKV_ATTENTION_MIN_PART ? keys : IFKV_ATTENTION_MIN_PART);
     return plan;
 }
+
+/* What a multiprocessor holds at once is written in parts: one tile or two small ones. */
+_Static_assert(2 * IFKV_ATTENTION_SMALL_M <= IFKV_ATTENTION_MAX_M, "two are no more than one");
 
 size_t ifkv_attention_part_bytes(int d_head, int n_sm) {
     return (size_t)n_sm * IFKV_ATTENTION_MAX_M * ((size_t)d_head + 1) * sizeof(float);

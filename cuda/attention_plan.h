@@ -32,7 +32,9 @@ extern "C" {
 enum {
     IFKV_ATTENTION_MIN_PART = 4096, /* keys */
     IFKV_ATTENTION_MAX_PARTS = 64,
-    IFKV_ATTENTION_MAX_M = 128 /* stacked rows of the largest tile of any kernel */
+    IFKV_ATTENTION_BLOCK_KEYS = 128, /* keys of a block, a multiple of every kernel's */
+    IFKV_ATTENTION_SMALL_M = 64,     /* tiles of so many stacked rows go two a multiprocessor */
+    IFKV_ATTENTION_MAX_M = 192       /* stacked rows of the largest tile of any kernel */
 };
 
 typedef struct ifkv_attention_plan {

@@ -6,9 +6,10 @@
  * Warpgroup 0 gives up its registers; its first warp takes pieces of the plan from a counter in
  * global memory, finds the runs of each (attention.cuh) and copies: Q of a run into one of two
  * slots, K and V in blocks of 128 keys that start at the run's first key, through rings of stages.
- * Warpgroups 1 and 2 take 64 of the 128 stacked rows each.  They have the tensor cores in turn: one
- * issues P V of a block and S of the next while the other computes its softmax.  Both work on every
- * block of the run, so that turns stay even, whatever their own rows see.
+ * The other warpgroups, three at d_head 64 and two at 128, take 64 of the tile's stacked rows each.
+ * They have the tensor cores in turn: one issues P V of a block and S of the next while the others
+ * compute their softmax.  All work on every block of the run, so that turns stay even, whatever
+ * their own rows see.
  *
  * Shared memory holds rows of 64 elements with a 128-byte swizzle, wider heads as two such halves:
  * what the copies write and the descriptors of wgmma read.  S and P stay in registers.
@@ -18,8 +19,10 @@
  * A key that some row of a run sees must be finite in V, or all of its tile is NaN.
  *
  * Budget at d_head 128: Q 2 x 32 KB, K and V 2 x 2 x 32 KB of 227 KB; 40 and 232 of 168 x 384
- * registers: S 64, O 64, P 32 and addresses.  Bound by the tensor cores at d_head 128, by the
- * exponentials at 64.
+ * registers: S 64, O 64, P 32 and addresses.  At d_head 64: Q 2 x 24 KB, K and V 2 x 4 x 16 KB; 32
+ * and 160 of 128 x 512 registers: S 64, O 32, P 32 and addresses.  Bound by the tensor cores at
+ * d_head 128, by the exponentials at 64: these take as long as the products there, and a third
+ * warpgroup computes its own while another does what comes before and after.
  * Source: FlashAttention-3 (arXiv 2407.08608), sections 3.1 and 3.2; PTX ISA 9.0. */
 #include "attention.cuh"
 #include "cuda_check.h"
@@ -28,28 +31,44 @@
 
 namespace {
 
-constexpr int TILE_M = IFKV_ATTENTION_SM90_M, BLOCK_KEYS = 128, WARPGROUP = 128;
-constexpr int CONSUMERS = TILE_M / 64, CONSUMER_WARPS = CONSUMERS * WARPGROUP / IFKV_WARP_LANES;
-constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
+constexpr int WARPGROUP = 128, WARPGROUP_ROWS = 64; // threads, and rows of a wgmma
+constexpr int BLOCK_KEYS = IFKV_ATTENTION_BLOCK_KEYS;
 constexpr int SLOTS = 2;                           // tiles whose queries are in shared memory
 constexpr int CHUNK = 64;                          // elements of a swizzled row of 128 bytes
 constexpr int ROW_BYTES = 128;                     // of it
 constexpr int ATOM_BYTES = 1024;                   // eight rows: the period of the swizzle
 constexpr int BARRIER_CLEAR = 1, BARRIER_TURN = 2; // named barriers; TURN + w is warpgroup w's
 
-template <int d, int rows> struct swizzled_rows { __nv_bfloat16 chunk[d / CHUNK][rows][CHUNK]; };
+// What d_head decides; rows of the tile are stacked rows.
+template <int d> struct config {
+    static constexpr int ROWS = d == 64 ? IFKV_ATTENTION_SM90_D64_M : IFKV_ATTENTION_SM90_D128_M;
+    static constexpr int CONSUMERS = ROWS / WARPGROUP_ROWS; // warpgroups
+    static constexpr int CONSUMER_THREADS = CONSUMERS * WARPGROUP,
+                         CONSUMER_WARPS = CONSUMER_THREADS / IFKV_WARP_LANES;
+    static constexpr int THREADS = WARPGROUP + CONSUMER_THREADS;
+    static constexpr int STAGES = d == 64 ? 4 : 2;
+    static constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40, // of a thread
+        CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
+    static_assert(ROWS % WARPGROUP_ROWS == 0 && ROWS <= IFKV_ATTENTION_MAX_M, "whole warpgroups");
+    static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
+                      (1 + CONSUMERS) * (65536 / THREADS / 8 * 8),
+                  "what a block has at its start");
+};
 
-struct tile_slot {
+template <int d, int rows> struct swizzled_rows { __nv_bfloat16 chunk[d / CHUNK][rows][CHUNK]; };
+template <int d> using query_rows = swizzled_rows<d, config<d>::ROWS>;
+
+template <int d> struct tile_slot {
     attention_run run; // n_row 0: there is no more work
     int kv_head, part;
-    int length[TILE_M]; // keys each row of the run sees
+    int length[config<d>::ROWS]; // keys each row of the run sees
 };
 
 template <int d> struct shared_memory {
-    static constexpr int STAGES = d == 64 ? 4 : 2;
-    swizzled_rows<d, TILE_M> q[SLOTS];
+    static constexpr int STAGES = config<d>::STAGES;
+    query_rows<d> q[SLOTS];
     swizzled_rows<d, BLOCK_KEYS> k[STAGES], v[STAGES];
-    tile_slot tile[SLOTS];
+    tile_slot<d> tile[SLOTS];
     uint64_t tile_full[SLOTS], tile_empty[SLOTS];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
 };
@@ -101,7 +120,7 @@ __device__ __forceinline__ void copy_block(swizzled_rows<d, BLOCK_KEYS> &to, con
 
 template <int d> struct producer {
     ring<SLOTS> tile;
-    ring<shared_memory<d>::STAGES> k, v;
+    ring<config<d>::STAGES> k, v;
 
     // One lane: K and V of a run, in the order in which they are used.
     __device__ __forceinline__ void copy_keys(shared_memory<d> &shared, const tensor_maps &maps,
@@ -131,7 +150,7 @@ template <int d> struct producer {
         int64_t row = item.tile * call.plan.tile_rows;
         const int64_t limit = min(row + call.plan.tile_rows, call.n_row);
         while (row < limit) {
-            tile_slot &slot = shared.tile[tile.stage];
+            tile_slot<d> &slot = shared.tile[tile.stage];
             wait(shared.tile_empty[tile.stage], tile.parity ^ 1);
             const attention_run run = find_run(call, row, limit, item.part, slot.length);
             __syncwarp(); // all lengths are written
@@ -177,7 +196,7 @@ template <int d> struct producer {
 
 // s [64, BLOCK_KEYS] = q k^T of a warpgroup.
 template <int d>
-__device__ __forceinline__ void issue_scores(const swizzled_rows<d, TILE_M> &q, int first_row,
+__device__ __forceinline__ void issue_scores(const query_rows<d> &q, int first_row,
                                              const swizzled_rows<d, BLOCK_KEYS> &k,
                                              float (&s)[BLOCK_KEYS / 2]) {
     ptx_wgmma_fence();
@@ -207,9 +226,11 @@ __device__ __forceinline__ void issue_values(const uint32_t (&p)[BLOCK_KEYS / 16
 }
 
 template <int d> struct consumer {
+    static constexpr int CONSUMERS = config<d>::CONSUMERS,
+                         CONSUMER_THREADS = config<d>::CONSUMER_THREADS;
     const int warpgroup; // 0 .. CONSUMERS - 1
     ring<SLOTS> tile;
-    ring<shared_memory<d>::STAGES> k, v;
+    ring<config<d>::STAGES> k, v;
 
     __device__ __forceinline__ explicit consumer(int index) : warpgroup(index) {
     }
@@ -226,11 +247,11 @@ template <int d> struct consumer {
         if (lane_index() == 0) ptx_mbarrier_arrive(&empty);
     }
 
-    // Rows from `first` on of the stage of V that both warpgroups are about to use.
+    // Rows from `first` on of the stage of V that all warpgroups are about to use.
     __device__ __forceinline__ void clear_values(shared_memory<d> &shared, int first) const {
         const int thread = static_cast<int>(threadIdx.x) - WARPGROUP;
-        clear_rows(shared.v[v.stage], first, thread, CONSUMERS * WARPGROUP);
-        ptx_bar_sync(BARRIER_CLEAR, CONSUMERS * WARPGROUP);
+        clear_rows(shared.v[v.stage], first, thread, CONSUMER_THREADS);
+        ptx_bar_sync(BARRIER_CLEAR, CONSUMER_THREADS);
     }
 
     // All blocks of a run that has keys.
@@ -238,54 +259,64 @@ template <int d> struct consumer {
                                            shared_memory<d> &shared, const attention_run &run,
                                            const int (&length)[2], softmax_rows &rows,
                                            float (&o)[d / 2]) {
-        const swizzled_rows<d, TILE_M> &q = shared.q[tile.stage];
+        const query_rows<d> &q = shared.q[tile.stage];
         float s[BLOCK_KEYS / 2];
+        uint32_t p[BLOCK_KEYS / 16][4];
+        const auto weigh = [&](int first) { // s of the block that starts there becomes p
+            if (first + BLOCK_KEYS > run.n_shared) {
+                const int left[2] = {length[0] - first, length[1] - first};
+                mask_scores(s, left);
+            }
+            float decay[2];
+            softmax_block(s, call.scale_log2, rows, decay);
+            scale_rows(o, decay);
+            pack_probabilities(s, p);
+        };
+
         wait(shared.k_full[k.stage], k.parity);
         take_turn();
-        issue_scores<d>(q, 64 * warpgroup, shared.k[k.stage], s);
+        issue_scores<d>(q, WARPGROUP_ROWS * warpgroup, shared.k[k.stage], s);
         pass_turn();
         ptx_wgmma_wait<0>();
         ptx_pin(s);
         release(shared.k_empty[k.stage]);
         k.advance();
 
-        for (int first = 0; first < run.n_key; first += BLOCK_KEYS) {
-            const int next = first + BLOCK_KEYS;
-            if (next > run.n_shared) {
-                const int left[2] = {length[0] - first, length[1] - first};
-                mask_scores(s, left);
-            }
-            float decay[2];
-            uint32_t p[BLOCK_KEYS / 16][4];
-            softmax_block(s, call.scale_log2, rows, decay);
-            scale_rows(o, decay);
-            pack_probabilities(s, p);
-
+        int first = 0;
+        for (; first + BLOCK_KEYS < run.n_key; first += BLOCK_KEYS) {
+            weigh(first);
             wait(shared.v_full[v.stage], v.parity);
-            if (next > run.n_key) clear_values(shared, run.n_key - first);
-            const bool is_last = next >= run.n_key;
-            if (!is_last) wait(shared.k_full[k.stage], k.parity);
+            wait(shared.k_full[k.stage], k.parity);
             take_turn();
             issue_values<d>(p, shared.v[v.stage], o);
-            if (!is_last) issue_scores<d>(q, 64 * warpgroup, shared.k[k.stage], s);
+            issue_scores<d>(q, WARPGROUP_ROWS * warpgroup, shared.k[k.stage], s);
             pass_turn();
             ptx_wgmma_wait<0>();
             ptx_pin(o);
             ptx_pin(s);
             release(shared.v_empty[v.stage]);
+            release(shared.k_empty[k.stage]);
             v.advance();
-            if (!is_last) {
-                release(shared.k_empty[k.stage]);
-                k.advance();
-            }
+            k.advance();
         }
+
+        weigh(first); // of the last block, without a next
+        wait(shared.v_full[v.stage], v.parity);
+        if (first + BLOCK_KEYS > run.n_key) clear_values(shared, run.n_key - first);
+        take_turn();
+        issue_values<d>(p, shared.v[v.stage], o);
+        pass_turn();
+        ptx_wgmma_wait<0>();
+        ptx_pin(o);
+        release(shared.v_empty[v.stage]);
+        v.advance();
     }
 
     __device__ __forceinline__ void run(const ifkv_attention_call &call, shared_memory<d> &shared) {
-        const int stacked = 64 * warpgroup + 16 * (warp_index() % 4) + lane_index() / 4;
+        const int stacked = WARPGROUP_ROWS * warpgroup + 16 * (warp_index() % 4) + lane_index() / 4;
         if (warpgroup == CONSUMERS - 1) pass_turn(); // the first is warpgroup 0's
         for (;;) {
-            const tile_slot &slot = shared.tile[tile.stage];
+            const tile_slot<d> &slot = shared.tile[tile.stage];
             wait(shared.tile_full[tile.stage], tile.parity);
             const attention_run run = slot.run;
             if (run.n_row == 0) break;
@@ -307,19 +338,19 @@ template <int d> struct consumer {
 template <int d> __device__ __forceinline__ void init_barriers(shared_memory<d> &shared) {
     for (int i = 0; i < SLOTS; i++) {
         ptx_mbarrier_init(&shared.tile_full[i], 1);
-        ptx_mbarrier_init(&shared.tile_empty[i], CONSUMER_WARPS);
+        ptx_mbarrier_init(&shared.tile_empty[i], config<d>::CONSUMER_WARPS);
     }
-    for (int i = 0; i < shared_memory<d>::STAGES; i++) {
+    for (int i = 0; i < config<d>::STAGES; i++) {
         ptx_mbarrier_init(&shared.k_full[i], 1);
         ptx_mbarrier_init(&shared.v_full[i], 1);
-        ptx_mbarrier_init(&shared.k_empty[i], CONSUMER_WARPS);
-        ptx_mbarrier_init(&shared.v_empty[i], CONSUMER_WARPS);
+        ptx_mbarrier_init(&shared.k_empty[i], config<d>::CONSUMER_WARPS);
+        ptx_mbarrier_init(&shared.v_empty[i], config<d>::CONSUMER_WARPS);
     }
     ptx_fence_mbarrier_init();
 }
 
 template <int d>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(config<d>::THREADS, 1)
     attention_sm90_kernel(const __grid_constant__ ifkv_attention_call call,
                           const __grid_constant__ tensor_maps maps) {
     shared_memory<d> &shared = ifkv_shared<shared_memory<d>>();
@@ -328,14 +359,15 @@ __global__ void __launch_bounds__(THREADS, 1)
     // what was never written must not be multiplied either
     for (int i = 0; i < SLOTS; i++)
         clear_rows(shared.q[i], call.plan.tile_rows * call.plan.group,
-                   static_cast<int>(threadIdx.x), THREADS);
+                   static_cast<int>(threadIdx.x), config<d>::THREADS);
     __syncthreads(); // barriers and spare rows are ready
-    const int warpgroup = static_cast<int>(threadIdx.x) / WARPGROUP;
+    // by a shuffle: what the compiler knows to be the same in a warp takes no register of its lanes
+    const int warpgroup = __shfl_sync(IFKV_ALL_LANES, static_cast<int>(threadIdx.x) / WARPGROUP, 0);
     if (warpgroup == 0) {
-        ptx_setmaxnreg_dec<40>();
+        ptx_setmaxnreg_dec<config<d>::PRODUCER_REGISTERS>();
         if (warp_index() == 0) producer<d>{}.run(call, shared, maps);
     } else {
-        ptx_setmaxnreg_inc<232>();
+        ptx_setmaxnreg_inc<config<d>::CONSUMER_REGISTERS>();
         consumer<d>(warpgroup - 1).run(call, shared);
     }
 }
@@ -367,7 +399,8 @@ cudaError_t launch(const ifkv_cuda_context *context, const ifkv_attention_call *
                    const tensor_maps &maps) {
     const int64_t n_block = call->plan.n_item < context->n_sm ? call->plan.n_item : context->n_sm;
     return ifkv_launch(attention_sm90_kernel<d>, dim3(static_cast<unsigned>(n_block)),
-                       dim3(THREADS), sizeof(shared_memory<d>), context->stream, *call, maps);
+                       dim3(config<d>::THREADS), sizeof(shared_memory<d>), context->stream, *call,
+                       maps);
 }
 
 } // namespace

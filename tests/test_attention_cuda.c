@@ -158,6 +158,11 @@ static void check(const problem *p) {
     check_rows(p, 0, p->n_row);
 }
 
+/* Rows of the call that a tile of the kernel holds. */
+static int64_t tile_rows(heads h) {
+    return ifkv_attention_tile_m(kernel, h.d_head) / (h.n_head / h.n_kv_head);
+}
+
 typedef void span_rule(problem *p);
 
 static void causal_spans(problem *p) {
@@ -172,15 +177,16 @@ static void single_keys(problem *p) {
     for (int64_t r = 0; r < p->n_row; r++) p->begin[r] = r % p->n_key, p->end[r] = p->begin[r] + 1;
 }
 
-/* Causal chunks whose edges lie at multiples of 64 and one beside. */
+/* Causal chunks with edges at every end of a tile and of 64 of its stacked rows, and one row
+ * beside. */
 static void chunks_at_tile_edges(problem *p) {
-    static const int64_t edge[] = {0, 63, 64, 65, 127, 128, 129, 191, 193, 256, 1 << 30};
-    int i = 0;
+    const int64_t tile = tile_rows(p->h), rows_64 = 64 / (p->h.n_head / p->h.n_kv_head);
+    int64_t begin = 0;
     for (int64_t r = 0; r < p->n_row; r++) {
-        while (r >= edge[i + 1]) i++;
-        p->begin[r] = edge[i] < p->n_key ? edge[i] : p->n_key;
+        const int64_t at = r % tile;
+        if ((at + 1) % rows_64 <= 2 || at == tile - 1) begin = r;
+        p->begin[r] = begin < p->n_key ? begin : p->n_key;
         p->end[r] = r + 1 < p->n_key ? r + 1 : p->n_key;
-        if (p->end[r] < p->begin[r]) p->end[r] = p->begin[r];
     }
 }
 
@@ -225,8 +231,9 @@ static void groups_with_empty_rows(problem *p) {
     }
 }
 
-static const heads all_heads[] = {{2, 2, 64},  {4, 1, 64},  {5, 1, 128}, {8, 1, 64}, {3, 1, 128},
-                                  {14, 2, 64}, {2, 1, 128}, {2, 1, 16},  {6, 2, 32}, {3, 1, 48},
+static const heads all_heads[] = {{2, 2, 64},  {4, 1, 64},  {5, 1, 64},  {8, 1, 64},
+                                  {14, 2, 64}, {1, 1, 128}, {2, 1, 128}, {3, 1, 128},
+                                  {5, 1, 128}, {2, 1, 16},  {6, 2, 32},  {3, 1, 48},
                                   {1, 1, 80},  {2, 2, 96},  {4, 2, 112}, {64, 1, 16}};
 enum { N_HEADS = sizeof all_heads / sizeof *all_heads };
 
@@ -236,10 +243,11 @@ static bool can(heads h) {
 }
 
 static void spans_match(span_rule *rule) {
-    static const int64_t n_rows[] = {1, 3, 64, 129, 50}, n_keys[] = {7, 300, 200, 257, 64};
     for (int i = 0; i < N_HEADS; i++) {
         if (!can(all_heads[i])) continue;
-        const int s = (int)gen_below(&noise, 5);
+        const int64_t n_rows[] = {1, 3, 64, 129, 50, tile_rows(all_heads[i]) + 1},
+                      n_keys[] = {7, 300, 200, 257, 64, 230};
+        const int s = (int)gen_below(&noise, 6);
         const int64_t n_key = n_keys[s], n_row = n_rows[s] < n_key ? n_rows[s] : n_key;
         problem p = create_problem(all_heads[i], n_row, n_key, gen_below(&noise, 2) ? 1 : 8,
                                    gen_below(&noise, 3) ? IFKV_DTYPE_BF16 : IFKV_DTYPE_F32);
@@ -264,6 +272,22 @@ SPAN_TEST(ends_in_any_order)
 SPAN_TEST(descending_ends)
 SPAN_TEST(steep_ends)
 SPAN_TEST(groups_with_empty_rows)
+
+/* The last tile is short of one row, full, or has only one. */
+static void rows_about_a_tile_match_float64(void **state) {
+    (void)state;
+    span_rule *const rules[] = {causal_spans, chunks_at_tile_edges};
+    for (int i = 0; i < 6 * N_HEADS; i++) {
+        const heads h = all_heads[i / 6];
+        if (!can(h)) continue;
+        const int64_t n_row = tile_rows(h) - 1 + i % 3;
+        problem p = create_problem(h, n_row, n_row, 4, IFKV_DTYPE_BF16);
+        rules[i % 6 / 3](&p);
+        attend(&p);
+        check(&p);
+        problem_destroy(&p);
+    }
+}
 
 static const heads some_heads[] = {{5, 1, 128}, {6, 2, 64}, {3, 1, 32}};
 
@@ -579,8 +603,7 @@ static void planned_parts_give_the_whole(void **state) {
         problem p = create_problem(of[i], 2, 9000, 2, IFKV_DTYPE_BF16);
         p.begin[0] = 17, p.end[0] = 8900;
         p.begin[1] = 17, p.end[1] = 4000;
-        const int tile_m =
-            kernel == IFKV_ATTENTION_SM90 ? IFKV_ATTENTION_SM90_M : IFKV_ATTENTION_SM80_M;
+        const int tile_m = ifkv_attention_tile_m(kernel, of[i].d_head);
         assert_true(
             ifkv_attention_plan_make(2, 9000, of[i].n_head, 1, of[i].d_head, tile_m, context.n_sm)
                 .n_part > 1);
@@ -871,6 +894,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(descending_ends_match_float64),
         cmocka_unit_test(steep_ends_match_float64),
         cmocka_unit_test(groups_with_empty_rows_match_float64),
+        cmocka_unit_test(rows_about_a_tile_match_float64),
         cmocka_unit_test(keys_no_tile_sees_may_be_nan),
         cmocka_unit_test(masked_keys_change_no_bit),
         cmocka_unit_test(a_nan_is_not_hidden),

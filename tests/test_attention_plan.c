@@ -12,7 +12,8 @@ enum { SM = 132 };
 static ifkv_attention_plan random_plan(int64_t *n_row, int64_t *n_key, int *d_head) {
     static const int groups[] = {1, 2, 3, 4, 5, 7, 8, 16, 61, 64};
     const int group = groups[gen_below(&noise, 10)];
-    const int n_kv_head = 1 + (int)gen_below(&noise, 9), tile_m = gen_below(&noise, 2) ? 64 : 128;
+    const int n_kv_head = 1 + (int)gen_below(&noise, 9),
+              tile_m = 64 * (1 + (int)gen_below(&noise, 3));
     *n_row = gen_below(&noise, gen_below(&noise, 3) ? 300 : 40000);
     *n_key = gen_below(&noise, gen_below(&noise, 3) ? 200000 : 300);
     *d_head = 16 * (1 + (int)gen_below(&noise, 8));
@@ -79,34 +80,42 @@ static void sections_fit_the_cache_at_known_lengths(void **state) {
 
 static void stacked_heads_fill_a_tile(void **state) {
     (void)state;
-    const int group[] = {1, 3, 4, 5, 7, 8, 64}, rows[] = {128, 42, 32, 25, 18, 16, 2};
-    for (int i = 0; i < 7; i++) {
-        const ifkv_attention_plan plan =
-            ifkv_attention_plan_make(1000, 1000, group[i] * 2, 2, 64, 128, SM);
-        assert_int_equal(plan.group, group[i]);
-        assert_int_equal(plan.tile_rows, rows[i]);
-    }
+    const int tile_m[] = {128, 192}, group[] = {1, 3, 4, 5, 7, 8, 64},
+              rows[][7] = {{128, 42, 32, 25, 18, 16, 2}, {192, 64, 48, 38, 27, 24, 3}};
+    for (int m = 0; m < 2; m++)
+        for (int i = 0; i < 7; i++) {
+            const ifkv_attention_plan plan =
+                ifkv_attention_plan_make(1000, 1000, group[i] * 2, 2, 64, tile_m[m], SM);
+            assert_int_equal(plan.group, group[i]);
+            assert_int_equal(plan.tile_rows, rows[m][i]);
+        }
 }
 
 /* What is cut, by hand.  Qwen3-14B (40 heads, 8 K/V heads) on 132 multiprocessors: one row over
  * 32768 keys is 8 tiles, so 16 parts fit a wave, 8 parts of 4096 keys exist, 7 keep 85 % of them
- * busy.  21 row tiles of 25 rows are 168 pieces and fill the device. */
+ * busy.  21 row tiles of 25 rows are 168 pieces and fill the device.  120 rows are 80, 40 or
+ * 32 pieces of tiles of 64, 128 or 192 stacked rows, of which 264, 132 or 132 run at once: three,
+ * three or four parts each. */
 static void few_tiles_over_many_keys_are_cut(void **state) {
     (void)state;
     const struct {
+        int tile_m;
         int64_t n_row, n_key, part_keys;
         int n_part;
     } of[] = {
-        {1, 4096, 4096, 1},   {1, 4097, 4096, 2},   {1, 8192, 4096, 2},    {1, 32768, 4736, 7},
-        {25, 32768, 4736, 7}, {26, 32768, 4736, 7}, {75, 32768, 6656, 5},  {525, 32768, 32768, 1},
-        {0, 32768, 32768, 1}, {1, 0, 1, 1},         {1, 131072, 9472, 14},
+        {128, 1, 4096, 4096, 1},     {128, 1, 4097, 4096, 2},    {128, 1, 8192, 4096, 2},
+        {128, 1, 32768, 4736, 7},    {128, 25, 32768, 4736, 7},  {128, 26, 32768, 4736, 7},
+        {128, 75, 32768, 6656, 5},   {128, 0, 32768, 32768, 1},  {128, 1, 0, 1, 1},
+        {128, 525, 32768, 32768, 1}, {128, 1, 131072, 9472, 14}, {64, 120, 32768, 11008, 3},
+        {128, 120, 32768, 11008, 3}, {192, 120, 32768, 8192, 4}, {192, 525, 32768, 32768, 1},
     };
     for (size_t i = 0; i < sizeof of / sizeof *of; i++) {
         const ifkv_attention_plan plan =
-            ifkv_attention_plan_make(of[i].n_row, of[i].n_key, 40, 8, 128, 128, SM);
+            ifkv_attention_plan_make(of[i].n_row, of[i].n_key, 40, 8, 128, of[i].tile_m, SM);
         if (plan.n_part != of[i].n_part || plan.part_keys != of[i].part_keys)
-            fail_msg("%lld rows over %lld keys: got %d parts of %lld keys, want %d of %lld",
-                     (long long)of[i].n_row, (long long)of[i].n_key, plan.n_part,
+            fail_msg("%lld rows over %lld keys, tiles of %d: got %d parts of %lld keys, want %d of "
+                     "%lld",
+                     (long long)of[i].n_row, (long long)of[i].n_key, of[i].tile_m, plan.n_part,
                      (long long)plan.part_keys, of[i].n_part, (long long)of[i].part_keys);
     }
 }
@@ -119,7 +128,7 @@ static void short_spans_and_long_calls_are_never_cut(void **state) {
         const ifkv_attention_plan plan = random_plan(&n_row, &n_key, &d_head);
         if (plan.n_part > 1)
             assert_true(plan.part_keys >= IFKV_ATTENTION_MIN_PART &&
-                        plan.part_keys % IFKV_ATTENTION_MAX_M == 0 &&
+                        plan.part_keys % IFKV_ATTENTION_BLOCK_KEYS == 0 &&
                         n_row <= IFKV_ATTENTION_MIN_PART);
     }
 }
