@@ -231,7 +231,7 @@ class Faked(Parts):
 
     def test_what_is_killed_leaves_the_steps_so_far(self):
         self.write("test_backend", "echo '[  PASSED  ] 3 test(s).'")
-        self.write("test_attention", f"touch {self.built}/started; exec sleep 20")
+        self.write("test_backend_refit", f"touch {self.built}/started; exec sleep 20")
         self.assertEqual(self.rows_at_the_kill("conformance"), [("back end", "3 tests")])
 
     def test_what_is_killed_leaves_the_times_so_far(self):
