@@ -575,25 +575,27 @@ class Ranks(Tool):
 
     def test_riding_changes_no_bit_over_mpi(self):
         few = request(prefix=[], chunks=[[5], [6, 7]])  # fewer tokens than ranks
-        for item in [*self.ITEMS, few]:
-            for ranks in [2, 4, 7]:
-                found = {}
-                for ride, rode in [("none", []), ("score", ["score"]), ("prompt", ["prompt"]), ("both", ["score", "prompt"])]:
-                    with self.subTest(ranks=ranks, ride=ride):
-                        done = self.prefill([item], "--ratio", "0.4", "--ride", ride, "--save-logits", "--save-scores",
-                                            "--overwrite", mpi=ranks)
-                        self.assert_answer(done, 0)
-                        result = self.results()[0]
-                        self.assertEqual(result["rode"], rode)
-                        for stage in ["score", "prompt"]:
-                            self.assertEqual(result["ms"][stage] == 0, stage in rode)
-                        self.assertEqual(done.stdout.split().count(b"rode"), len(rode))
-                        with h5py.File(self.path("out/r.h5")) as f:
-                            arrays = [f[name][:] for name in ["first_logits", "scores", "selected", "answer_ids"]]
-                        found[ride] = arrays, result["bytes"]
-                        self.assertEqual(found[ride][1], found["none"][1])
-                        for got, want in zip(arrays, found["none"][0]):
-                            np.testing.assert_array_equal(got, want)
+        items = [{**item, "id": f"r{i}"} for i, item in enumerate([*self.ITEMS, few])]
+        for ranks in [2, 4, 7]:
+            found = {}
+            for ride, rode in [("none", []), ("score", ["score"]), ("prompt", ["prompt"]), ("both", ["score", "prompt"])]:
+                with self.subTest(ranks=ranks, ride=ride):
+                    done = self.prefill(items, "--ratio", "0.4", "--ride", ride, "--save-logits", "--save-scores", "--overwrite", mpi=ranks)
+                    self.assert_answer(done, 0)
+                    self.assertEqual(done.stdout.split().count(b"rode"), len(rode) * len(items))
+                    found[ride] = [self.what_rode(result, rode) for result in self.results()]
+                    for (size, arrays), (want_size, want) in zip(found[ride], found["none"], strict=True):
+                        self.assertEqual(size, want_size)
+                        for one, other in zip(arrays, want, strict=True):
+                            np.testing.assert_array_equal(one, other)
+
+    def what_rode(self, result, rode):
+        """Bytes and arrays of a result in which these stages rode."""
+        self.assertEqual(result["rode"], rode)
+        for stage in ["score", "prompt"]:
+            self.assertEqual(result["ms"][stage] == 0, stage in rode)
+        with h5py.File(self.path(f"out/{result['id']}.h5")) as f:
+            return result["bytes"], [f[name][:] for name in ["first_logits", "scores", "selected", "answer_ids"]]
 
     def prefilled_exactly(self, item, *args, out, mpi=0):
         """Result, first logits, K and V [layer, 2, row, column] in order of the index."""
