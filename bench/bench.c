@@ -13,6 +13,7 @@ ifkv_status cli_bench(ifkv_comm *comm, const cli_options *options) {
     } kinds[] = {{"prefill", bench_prefill},
                  {"attention", bench_attention},
                  {"gemm", bench_gemm},
+                 {"elementwise", bench_elementwise},
                  {"comm", bench_comm}};
     const char *name = options->n_argument ? options->argument[0] : "";
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
@@ -20,7 +21,7 @@ ifkv_status cli_bench(ifkv_comm *comm, const cli_options *options) {
     char shown[IFKV_QUOTE_BYTES];
     const ifkv_status status =
         IFKV_FAIL(IFKV_ERR_USAGE, IFKV_E_ARGUMENT,
-                  "bench: got \"%s\", expected prefill, attention, gemm or comm",
+                  "bench: got \"%s\", expected prefill, attention, gemm, elementwise or comm",
                   ifkv_quote(name, strlen(name), shown));
     ifkv_error_share(0); /* every rank reads the same words */
     return status;

@@ -89,7 +89,7 @@ ifkv_status bench_report_row(bench_report *report, const bench_row *row);
 ifkv_status bench_report_finish(bench_report *report);
 void bench_report_close(bench_report *report); /* NULL is accepted */
 
-/* ---- operations one at a time: attention, gemm, comm ---- */
+/* ---- operations one at a time: attention, gemm, elementwise, comm ---- */
 
 /* What an operation runs on, and how long it takes. */
 typedef struct bench_stand {
@@ -167,6 +167,7 @@ const ifkv_store *bench_store_table(bench_store *store);
 ifkv_status bench_prefill(ifkv_comm *comm, const cli_options *options);
 ifkv_status bench_attention(ifkv_comm *comm, const cli_options *options);
 ifkv_status bench_gemm(ifkv_comm *comm, const cli_options *options);
+ifkv_status bench_elementwise(ifkv_comm *comm, const cli_options *options);
 ifkv_status bench_comm(ifkv_comm *comm, const cli_options *options);
 
 #endif

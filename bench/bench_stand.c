@@ -55,8 +55,9 @@ ifkv_status bench_time(bench_stand *stand, ifkv_status (*prepare)(void *arg),
     stand->n_call = 1;
     for (int round = -(int)stand->options->warm_up; round < n_repeat; round++) {
         IFKV_TRY(batch(stand, prepare, run, arg, stand->n_call, &ms));
+        ms /= (double)stand->n_call;
         if (round >= 0)
-            stand->ms[round] = has_time ? ms / (double)stand->n_call : NAN;
+            stand->ms[round] = has_time ? ms : NAN;
         else if (has_time)
             stand->n_call = ms > batch_ms ? 1 : (int64_t)fmin(MAX_CALL, ceil(batch_ms / ms));
     }

@@ -43,7 +43,7 @@ const cli_command cli_commands[] = {
      " --model DIR [--lengths N,...] [--ranks P] [options]",
      CLI_MODEL | CLI_METHOD | CLI_SCALE | CLI_RANKS | CLI_TALK, 0, false, cli_plan},
     {"bench", "time methods side by side, or one operation, with errors",
-     " prefill|attention|gemm --model DIR [options] | comm [options]",
+     " prefill|attention|gemm|elementwise --model DIR [options] | comm [options]",
      CLI_MODEL | CLI_REQUESTS | CLI_METHOD | CLI_BENCH | CLI_SCALE | CLI_OUTPUT | CLI_RANKS |
          CLI_TALK,
      1, true, cli_bench},

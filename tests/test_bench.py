@@ -226,7 +226,7 @@ class Bench(ModelFolder):
 
 
 class Operations(ModelFolder):
-    """attention, gemm and comm, on the CPU and on the emulated device."""
+    """attention, gemm, elementwise and comm, on the CPU and on the emulated device."""
 
     @classmethod
     def setUpClass(cls):
@@ -235,7 +235,7 @@ class Operations(ModelFolder):
 
     def bench(self, kind, *args, program=BIN, mpi=0, code=0, **environment):
         command = [*mpirun(mpi, program), program, "bench", kind, *args]
-        if kind in ("attention", "gemm"):
+        if kind in ("attention", "gemm", "elementwise"):
             command += ["--model", self.dir]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
         self.assertEqual(done.returncode, code, done.stderr)
@@ -296,6 +296,43 @@ class Operations(ModelFolder):
                     else:  # a row in each of 23 equal parts
                         self.assertAlmostEqual(row["flop"], 4 * q * 0.15 * causal, delta=4 * q * n)
 
+    def test_elementwise_counts_every_byte_once(self):
+        lengths = (1, 37)
+        largest = {"rms_norm": 5, "rope": 7, "swiglu": 18, "merge": 6}  # of what is computed, in root mean squares
+        for family in ("llama", "qwen3"):  # without and with a norm of heads
+            c = {**CONFIG, "model_type": family}
+            with open(os.path.join(self.dir, "config.json"), "w") as f:
+                json.dump(c, f)
+            model, width, ff = c["hidden_size"], c["head_dim"], c["intermediate_size"]
+            heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+            for args, more, time in self.places():
+                element = 2 if time == "emulated" else 4
+                rows = self.rows("elementwise", *args, "--lengths", ",".join(map(str, lengths)), **more)
+                norms = 2 * width * element if family == "qwen3" else 0
+                listed = lambda n: n * (2 * kv_heads * width * element + 8)
+                want = {"copy": lambda n: 2 * n * model * element,
+                        "rms_norm": lambda n: (2 * n + 1) * model * element,
+                        "rope": lambda n: 2 * n * (heads + kv_heads) * width * element + 2 * n * width * 4 + norms,
+                        "swiglu": lambda n: 3 * n * ff * element,
+                        "gather": listed,
+                        "scatter": listed,
+                        "merge": lambda n: n * heads * (width * (4 + 4 + element) + 3 * 4)}
+                self.assertEqual([(r["tokens"], r["label"], r["bytes"]) for r in rows],
+                                 [(n, label, bytes_of(n)) for n in lengths for label, bytes_of in want.items()])
+                for i, row in enumerate(rows):
+                    with self.subTest(family=family, args=args, row=row):
+                        self.assertEqual(row["time"], time)
+                        # what rounding to the result's type leaves; in float32 a sum, an exponential of 14 and its terms, too
+                        most = largest.get(row["label"], 0) * (2**-8 if time == "emulated" else 30 * 2**-23)
+                        self.assertTrue(0 < row["error"] < most if most else row["error"] == 0)
+                        if time == "emulated":
+                            self.assertEqual([row[key] for key in ("time_ms", "min_ms", "gb_per_s", "copy_share")], [None] * 4)
+                            continue
+                        self.assertTrue(0 < row["min_ms"] <= row["time_ms"])
+                        self.assertAlmostEqual(row["gb_per_s"] * row["time_ms"] * 1e6, row["bytes"], delta=1e-6 * row["bytes"])
+                        copy = rows[i // len(want) * len(want)]
+                        self.assertAlmostEqual(row["copy_share"], row["gb_per_s"] / copy["gb_per_s"], delta=1e-6 * row["copy_share"])
+
     def test_movements_bring_every_byte(self):
         sizes, operations = (1, 1000, 70001), ("bcast", "all_gather", "all_to_all", "shift")
         cases = [(["--ranks", "1"], {}, 1), (["--ranks", "3"], {}, 3), ([], {"mpi": 2}, 2)]
@@ -354,7 +391,7 @@ class Operations(ModelFolder):
         self.assertNotEqual(errors[0], errors[2])
 
     def test_files_hold_the_rows(self):
-        for kind, column in (("gemm", "tflops"), ("attention", "time_ms"), ("comm", "busbw_gbytes_per_s")):
+        for kind, column in (("gemm", "tflops"), ("attention", "time_ms"), ("elementwise", "copy_share"), ("comm", "busbw_gbytes_per_s")):
             out = os.path.join(self.dir, kind)
             self.bench(kind, "--lengths", "40", "--out", out)
             with open(os.path.join(out, "bench.jsonl")) as f:
@@ -379,7 +416,8 @@ class Operations(ModelFolder):
                     self.assertAlmostEqual(row["peak_share"], row["tflops"] / peak, delta=1e-6 * row["peak_share"])
 
     def test_nonsense_is_refused_once(self):
-        for kind, *args in (["gem"], ["gemm", "--lengths", "0"], ["attention", "--ratio", "2"], ["comm", "--repeat", "0"]):
+        for kind, *args in (["gem"], ["gemm", "--lengths", "0"], ["attention", "--ratio", "2"], ["elementwise", "--lengths", "8,"],
+                            ["comm", "--repeat", "0"]):
             with self.subTest(args=args):
                 errors = [line for line in self.bench(kind, *args, mpi=2, code=2).stderr.splitlines() if "ifkv: error:" in line]
                 self.assertEqual(len(errors), 1, errors)

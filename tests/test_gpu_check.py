@@ -110,8 +110,8 @@ class Emulated(Parts):
 
     def test_every_bench_runs_and_leaves_its_rows(self):
         verdicts = self.run_parts("time", code=0)
-        steps = [f"{what}, {name}" for name in ("Qwen3-14B", "Llama-3.1-8B") for what in ("products", "attention", "prefill")]
-        self.assertEqual([step for _, step in verdicts], [*steps, "movement of 2 ranks as threads", "torch"])
+        steps = [f"{what}, {name}" for name in ("Qwen3-14B", "Llama-3.1-8B") for what in ("products", "attention", "element-wise", "prefill")]
+        self.assertEqual([step for _, step in verdicts], [*steps, "attention, SmolLM2-135M", "movement of 2 ranks as threads", "torch"])
         self.assertEqual(verdicts.pop(("time", "torch")), ("absent", "needs a GPU"))
         for step, (verdict, text) in verdicts.items():
             self.assertEqual(verdict, "pass", step)
@@ -119,10 +119,10 @@ class Emulated(Parts):
         rows = self.timed_rows()
         for row in rows:
             self.assertEqual(row["time"], "emulated")
-            self.assertEqual({row[key] for key in ("time_ms", "time_us", "ttft_ms", "tflops", "busbw_gbytes_per_s") if key in row}, {None})
+            self.assertEqual({row[key] for key in ("time_ms", "time_us", "ttft_ms", "tflops", "gb_per_s", "copy_share", "busbw_gbytes_per_s") if key in row}, {None})
             self.assertEqual(row.get("wrong", 0), 0)
         # what is computed in bfloat16 errs; a prefill of several chunks that is not recomputed whole does
-        for kind, least in (("gemm", 1e-4), ("attention", 1e-4), ("prefill", 1e-3)):
+        for kind, least in (("gemm", 1e-4), ("attention", 1e-4), ("elementwise", 1e-4), ("prefill", 1e-3)):
             errors = [row["error"] for row in rows if row["kind"] == kind and row["label"] != "full"]
             self.assertGreater(max(errors), least, kind)
         self.assertEqual(len(rows), self.rows_of_archive())
@@ -133,7 +133,7 @@ class Emulated(Parts):
         with tempfile.TemporaryDirectory() as at, tarfile.open(os.path.join(self.out, "bench.tar.gz")) as tar:
             tar.extractall(at, filter="data")
             folders = [base for base, _, files in os.walk(at) if files]
-            self.assertEqual(len(folders), 7)
+            self.assertEqual(len(folders), 10)
             for base in folders:
                 with h5py.File(os.path.join(base, "bench.h5")) as f, open(os.path.join(base, "bench.jsonl")) as g:
                     labels = f.attrs["rows"].decode().splitlines()
@@ -171,22 +171,28 @@ class Faked(Parts):
     def rows(*rows):
         return "".join(f"echo '{json.dumps(row)}'\n" for row in rows)
 
-    def test_the_table_has_the_best_row_of_each_label_and_the_worst_error(self):
+    def test_the_table_has_the_best_row_of_each_label_every_prefill_and_the_worst_error(self):
         products = self.rows({"label": "qkv", "tokens": 512, "tflops": 300.2, "error": 3e-3, "wrong": 0},
                              {"label": "qkv", "tokens": 2048, "tflops": 612.7, "error": 1e-3, "wrong": 0},
                              {"label": "o", "tokens": 512, "tflops": 200.0, "error": 2e-3, "wrong": 0})
         prefills = self.rows({"label": "full", "tokens": 2048, "ttft_ms": 97.25, "tflops": 600.0, "error": 0.0},
                              {"label": "full", "tokens": 8192, "ttft_ms": 419.0, "tflops": 500.0, "error": 0.0})
+        passes = self.rows(*({"label": label, "tokens": tokens, "gb_per_s": rate, "copy_share": rate / copy, "error": 0.0, "wrong": 0}
+                             for tokens, copy in ((8192, 2700.0), (32768, 2800.0)) for label, rate in (("copy", copy), ("rope", 0.9 * copy),
+                                                                                                      ("merge", 2408.0 if copy == 2800 else 2000.0))))
         moves = self.rows({"label": "shift", "bytes": 1024, "busbw_gbytes_per_s": 1.0, "wrong": 0},
                           {"label": "shift", "bytes": 4096, "busbw_gbytes_per_s": 40.0, "wrong": 0})
-        found = self.run_faked(f"case $2 in gemm) {products} ;; attention) exit 3 ;; prefill) {prefills} ;; comm) {moves} ;; esac", "time", code=1)
+        found = self.run_faked(f"case $2 in gemm) {products} ;; attention) exit 3 ;; elementwise) {passes} ;; prefill) {prefills} ;; comm) {moves} ;; esac", "time", code=1)
         self.assertEqual(found["time", "products, Qwen3-14B"],
                          ("pass", "qkv 2048 613 TFLOP/s; o 512 200 TFLOP/s; error at most 3.0e-03; 0 wrong"))
-        self.assertEqual(found["time", "prefill, Llama-3.1-8B"], ("pass", "full 8192 419.0 ms; error at most 0.0e+00"))
+        self.assertEqual(found["time", "element-wise, Qwen3-14B"],
+                         ("pass", "copy 32768 2800 GB/s; rope 32768 2520 GB/s 90 % of copy; merge 32768 2408 GB/s 86 % of copy; "
+                                  "at least 86 % of copy (merge); error at most 0.0e+00; 0 wrong"))
+        self.assertEqual(found["time", "prefill, Llama-3.1-8B"], ("pass", "full 2048 97.2 ms; full 8192 419.0 ms; error at most 0.0e+00"))
         self.assertEqual(found["time", "movement of 2 ranks as threads"], ("pass", "shift 4096 40 GB/s; 0 wrong"))
         self.assertEqual(found["time", "attention, Qwen3-14B"][0], "fail")
         self.assertEqual(found["time", "torch"], ("absent", "python3 has no torch"))
-        self.assertEqual(len(self.timed_rows()), 2 * (3 + 2) + 2)
+        self.assertEqual(len(self.timed_rows()), 2 * (3 + 6 + 2) + 2)
 
     def test_what_a_limit_cut_off_keeps_its_whole_rows(self):
         row = {"label": "qkv", "tokens": 512, "tflops": 300.2, "error": 3e-3, "wrong": 0}
