@@ -58,6 +58,18 @@ static void i15_exact_methods_equal_full_prefill_in_tiles_and_tail_blocks(void *
     assert_exact(&large, exact_sizes + 1, 2);
 }
 
+/* Every case, on every number of ranks, by every method. */
+static void hold_after_all(tiny_session_fn claim) {
+    for (int c = 0; c < N_CASE; c++)
+        for (int s = 0; s < N_EXACT_SIZE; s++)
+            for (int m = 0; m < N_RIVAL; m++) {
+                tiny_run run = tiny_run_of(&cases[c], (ifkv_prefill_options){.method = rivals[m]});
+                run.after = claim;
+                assert_ok(tiny_run_on(exact_sizes[s], &run));
+                tiny_run_fini(&run);
+            }
+}
+
 /* Sessions that were opened on the ranks of a run: what encode received is what the plan says,
  * which with equal slices is (P - 1) / P of the context's K/V in every layer but the last. */
 static ifkv_status received_the_plan(ifkv_session *session) {
@@ -74,14 +86,7 @@ static ifkv_status received_the_plan(ifkv_session *session) {
 
 static void i25_exact_methods_receive_the_bytes_of_the_plan(void **state) {
     (void)state;
-    for (int c = 0; c < N_CASE; c++)
-        for (int s = 0; s < N_EXACT_SIZE; s++)
-            for (int m = 0; m < N_RIVAL; m++) {
-                tiny_run run = tiny_run_of(&cases[c], (ifkv_prefill_options){.method = rivals[m]});
-                run.after = received_the_plan;
-                assert_ok(tiny_run_on(exact_sizes[s], &run));
-                tiny_run_fini(&run);
-            }
+    hold_after_all(received_the_plan);
 }
 
 /* Description of a shard as --save-kv writes it: rows ascend and cover the context, chunks are the
@@ -108,14 +113,7 @@ static ifkv_status describes_its_rows(ifkv_session *session) {
 
 static void exact_methods_describe_their_rows(void **state) {
     (void)state;
-    for (int c = 0; c < N_CASE; c++)
-        for (int s = 0; s < N_EXACT_SIZE; s++)
-            for (int m = 0; m < N_RIVAL; m++) {
-                tiny_run run = tiny_run_of(&cases[c], (ifkv_prefill_options){.method = rivals[m]});
-                run.after = describes_its_rows;
-                assert_ok(tiny_run_on(exact_sizes[s], &run));
-                tiny_run_fini(&run);
-            }
+    hold_after_all(describes_its_rows);
 }
 
 static void exact_methods_select_nothing_and_take_no_selection(void **state) {
